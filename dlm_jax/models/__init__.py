@@ -1,0 +1,107 @@
+"""Models by name. A new family is one module with `NAME`, `PRESETS`, `WEIGHTS`, `from_hf`, `to_hf`, and one
+line in `FAMILIES`."""
+
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax.models import dream, hf, llada
+from dlm_jax.models.base import Block, Config, LayerFn, Transformer
+from dlm_jax.typing import Params
+
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "Block",
+    "Config",
+    "LayerFn",
+    "Transformer",
+    "config_from_hf",
+    "config_to_hf",
+    "flatten",
+    "param_shapes",
+    "params_to_hf",
+    "unflatten",
+    "weight_names",
+]
+
+FAMILIES: dict[str, ModuleType] = {module.NAME: module for module in (llada, dream)}
+"""Family name -> its module."""
+
+PRESETS: dict[str, Config] = {
+    name: config for family in FAMILIES.values() for name, config in family.PRESETS.items()
+}
+"""Preset name -> configuration, for random weights of a known shape."""
+
+
+def config_from_hf(raw: dict[str, Any]) -> Config:
+    """Reads a parsed Hugging Face config.json of any supported family.
+
+    Raises:
+      ValueError: the model type is unknown, or a setting is missing or not implemented.
+    """
+    model_type = str(raw.get("model_type", ""))
+    if model_type.lower() not in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type is {model_type!r}; it must be one of {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type.lower()].from_hf(raw)
+
+
+def config_to_hf(config: Config) -> dict[str, Any]:
+    """The inverse of `config_from_hf`."""
+    return FAMILIES[config.family].to_hf(config)
+
+
+def param_shapes(config: Config, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Parameter path (`blocks_0/q/kernel`) -> shape and dtype, without making any array."""
+    model = Transformer(config, dtype)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return flatten(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+
+
+def weight_names(config: Config) -> dict[str, str]:
+    """Parameter path -> tensor name in the family's Hugging Face checkpoint."""
+    table = FAMILIES[config.family].WEIGHTS
+    names = {}
+    for path in param_shapes(config):
+        block, _, rest = path.partition("/")
+        prefix, _, layer = block.rpartition("_")
+        if prefix == "blocks":
+            names[path] = table[f"blocks_{{i}}/{rest}"].format(i=layer)
+        else:
+            names[path] = table[path]
+    return names
+
+
+def params_to_hf(config: Config, params: Params) -> dict[str, np.ndarray]:
+    """All parameters as tensors of a Hugging Face checkpoint, in their own dtype."""
+    flat = flatten(params)
+    return {name: hf.from_param(path, flat[path]) for path, name in weight_names(config).items()}
+
+
+def flatten(tree: Params) -> dict[str, Any]:
+    """Nested dict -> `{"blocks_0/q/kernel": leaf}`."""
+    leaves, _ = jax.tree.flatten_with_path(tree)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: dict[str, Any]) -> Params:
+    """The inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def num_params(config: Config) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in param_shapes(config).values())

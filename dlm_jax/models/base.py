@@ -1,0 +1,266 @@
+"""The one bidirectional transformer behind every model family.
+
+A family (`llada.py`, `dream.py`) only makes a `Config` and names its weights; the network is always
+this one: pre-RMSNorm, rotary positions, grouped-query attention with optional q/k/v biases, SwiGLU,
+untied or tied head, no attention mask but padding.
+
+The network knows no cache. `Transformer.walk` hands each `Block` to a *layer function*, which decides
+which positions flow through which of the block's operations and what is kept (`dlm_jax/cache/`).
+Arithmetic runs in the dtype of the parameters, with softmax, norms, rotary positions and logits in
+float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import queries as queries_lib
+from dlm_jax.models.layers import Projection, RMSNorm, attention, precision, rotate
+from dlm_jax.queries import Queries
+from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shape and special tokens of a model. Hashable, hence static under jit.
+
+    Attributes:
+      family: name of the model family, a key of `dlm_jax.models.FAMILIES`.
+      vocab_size: V, rows of the embedding.
+      width: D.
+      mlp_width: F.
+      num_layers: number of blocks.
+      num_heads: N.
+      num_kv_heads: K, divides N.
+      head_dim: H, even.
+      rope_theta: base of the rotary frequencies.
+      norm_eps: epsilon of every RMSNorm.
+      qkv_bias: whether the query, key and value projections have biases.
+      tied_head: whether the output head is the embedding transposed.
+      max_length: longest sequence (prompt and generated tokens together) the model was made for.
+      shift: the prediction for position p is read at p - shift.
+      mask_id: token id of the mask.
+      eos_id: token id that ends an answer.
+      pad_id: token id used to left-pad prompts; never attended.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    qkv_bias: bool
+    tied_head: bool
+    max_length: int
+    shift: int
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; it must divide num_heads, {self.num_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
+        for name in ("mask_id", "eos_id", "pad_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be a token id below vocab_size, "
+                    f"{self.vocab_size}."
+                )
+
+
+class Block(nn.Module):
+    """One transformer block, as operations that a layer function composes.
+
+    Hidden states `x` are `[B, Q, D]`. `norm` feeds `query`, `key` and `value`; `attend` ends with the
+    output projection and `ffn` starts with its own norm, so that both return what is added to the
+    residual stream.
+    """
+
+    config: Config
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c, dtype = self.config, self.param_dtype
+        self.attn_norm = RMSNorm(c.width, c.norm_eps, dtype)
+        self.q = Projection((c.width,), (c.num_heads, c.head_dim), c.qkv_bias, dtype)
+        self.k = Projection((c.width,), (c.num_kv_heads, c.head_dim), c.qkv_bias, dtype)
+        self.v = Projection((c.width,), (c.num_kv_heads, c.head_dim), c.qkv_bias, dtype)
+        self.o = Projection((c.num_heads, c.head_dim), (c.width,), False, dtype)
+        self.mlp_norm = RMSNorm(c.width, c.norm_eps, dtype)
+        self.gate = Projection((c.width,), (c.mlp_width,), False, dtype)
+        self.up = Projection((c.width,), (c.mlp_width,), False, dtype)
+        self.down = Projection((c.mlp_width,), (c.width,), False, dtype)
+
+    def norm(self, x: Array) -> Array:
+        return self.attn_norm(x)
+
+    def query(self, normed: Array, position_BQ: Array) -> Float[Array, "B Q N H"]:
+        return rotate(self.q(normed), position_BQ, self.config.rope_theta)
+
+    def key(self, normed: Array, position_BQ: Array) -> Float[Array, "B Q K H"]:
+        return rotate(self.k(normed), position_BQ, self.config.rope_theta)
+
+    def value(self, normed: Array) -> Float[Array, "B Q K H"]:
+        return self.v(normed)
+
+    def attend(self, q: Array, k: Array, v: Array, mask_BQL: Array) -> tuple[Array, Array]:
+        """Returns what attention adds to the residual stream, and its weights [B, K, R, Q, L]."""
+        out, weights = attention(q, k, v, mask_BQL)
+        return self.o(out), weights
+
+    def ffn(self, x: Array) -> Array:
+        normed = self.mlp_norm(x)
+        return self.down(nn.silu(self.gate(normed)) * self.up(normed))
+
+
+LayerFn = Callable[[Block, tuple[Array, PyTree], PyTree, Queries], tuple[tuple[Array, PyTree], PyTree]]
+"""`(block, (hidden_BQD, acc), layer_cache, queries) -> ((hidden_BQD, acc), layer_cache)`.
+
+`acc` is whatever a cache method accumulates over layers; `()` for most.
+"""
+
+
+def plain_layer(
+    block: Block, carry: tuple[Array, PyTree], layer_cache: PyTree, queries: Queries
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """The block without a cache: the queries attend to one another and nothing is kept."""
+    hidden, acc = carry
+    length = queries.valid_BL.shape[1]
+    real_BQ = (queries.index_BQ < length) & queries_lib.gather(queries.valid_BL, queries.index_BQ)
+    normed = block.norm(hidden)
+    q = block.query(normed, queries.position_BQ)
+    k = block.key(normed, queries.position_BQ)
+    out, _ = block.attend(q, k, block.value(normed), real_BQ[:, None, :])
+    hidden = hidden + out
+    return (hidden + block.ffn(hidden), acc), layer_cache
+
+
+class Transformer(nn.Module):
+    """A bidirectional transformer; hashable, so that it is a static argument of jitted functions.
+
+    `param_dtype` only matters for `init`: a forward runs in the dtype of the parameters it is given.
+    """
+
+    config: Config
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = nn.Embed(c.vocab_size, c.width, param_dtype=self.param_dtype)
+        self.blocks = [Block(c, self.param_dtype) for _ in range(c.num_layers)]
+        self.final_norm = RMSNorm(c.width, c.norm_eps, self.param_dtype)
+        if not c.tied_head:
+            self.head = Projection(
+                (c.width,), (c.vocab_size,), False, self.param_dtype, out_dtype=jnp.float32
+            )
+
+    def walk(
+        self,
+        tokens_BQ: Int[Array, "B Q"],
+        queries: Queries,
+        cache: tuple[PyTree, ...],
+        acc: PyTree,
+        layers: tuple[tuple[int, int, LayerFn], ...],
+    ) -> tuple[Float[Array, "B Q D"], tuple[PyTree, ...], PyTree]:
+        """Runs the queries through all layers.
+
+        Args:
+          tokens_BQ: token ids at the query slots (any id at empty ones).
+          queries: slots, rotary positions and key validity.
+          cache: one pytree per layer.
+          acc: initial accumulator of the layer functions.
+          layers: `(low, high, layer function)` ranges that cover all layers in order.
+
+        Returns:
+          Final-normed hidden states, the new cache, the accumulator.
+        """
+        hidden = self.embed.embedding[tokens_BQ]
+        new_cache = list(cache)
+        for low, high, layer in layers:
+            for i in range(low, high):
+                (hidden, acc), new_cache[i] = layer(self.blocks[i], (hidden, acc), cache[i], queries)
+        return self.final_norm(hidden), tuple(new_cache), acc
+
+    def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of hidden states, for as few positions as the caller chose."""
+        if not self.config.tied_head:
+            return self.head(hidden)
+        table_VD = self.embed.embedding
+        return jnp.einsum(
+            "...D,VD->...V",
+            hidden,
+            table_VD,
+            precision=precision(table_VD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def encode(
+        self, tokens_BL: Int[Array, "B L"], valid_BL: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Final-normed hidden states of whole sequences, without a cache."""
+        c = self.config
+        if valid_BL is None:
+            valid_BL = jnp.ones(tokens_BL.shape, bool)
+        layers = ((0, c.num_layers, plain_layer),)
+        queries = queries_lib.every(valid_BL)
+        hidden_BLD, _, _ = self.walk(tokens_BL, queries, ((),) * c.num_layers, (), layers)
+        return hidden_BLD
+
+    def __call__(
+        self, tokens_BL: Int[Array, "B L"], valid_BL: Bool[Array, "B L"] | None = None
+    ) -> Float[Array, "B L V"]:
+        """Raw float32 logits at every position, before any shift."""
+        return self.unembed(self.encode(tokens_BL, valid_BL))
+
+
+def source_slot(
+    slot_BW: Int[Array, "B W"], valid_BL: Bool[Array, "B L"], shift: int
+) -> Int[Array, "B W"]:
+    """The slot whose output predicts the token at `slot`: `shift` to the left, within the row.
+
+    A row's first real token has no predecessor and is predicted at its own slot, as in Dream's code
+    (the first row of logits is repeated). The sentinel L stays L.
+    """
+    if not shift:
+        return slot_BW
+    length = valid_BL.shape[1]
+    first_B = jnp.argmax(valid_BL, axis=-1).astype(slot_BW.dtype)
+    return jnp.where(slot_BW < length, jnp.maximum(slot_BW - shift, first_B[:, None]), slot_BW)
+
+
+def readout(
+    model: Transformer,
+    params: Params,
+    hidden_BQD: Float[Array, "B Q D"],
+    queries: Queries,
+    slot_BW: Int[Array, "B W"],
+) -> Float[Array, "B W V"]:
+    """Float32 logits for the tokens at the given slots; the only place that knows the shift.
+
+    The hidden state that predicts a slot must be among the queries.
+
+    Args:
+      hidden_BQD: what `Transformer.walk` returned for `queries`.
+      slot_BW: absolute slots; L marks an unused entry, whose logits are meaningless.
+    """
+    length = queries.valid_BL.shape[1]
+    source_BW = source_slot(slot_BW, queries.valid_BL, model.config.shift)
+    query_BL = queries_lib.unpack_index(queries.index_BQ, length)
+    hidden_BWD = queries_lib.gather(hidden_BQD, queries_lib.gather(query_BL, source_BW))
+    return model.apply({"params": params}, hidden_BWD, method="unembed")

@@ -1,0 +1,108 @@
+"""The parts of a transformer block: normalisation, rotary positions, projections, attention."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.typing import Array, Bool, Float, Int
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """float32 parameters ask for float32 products, where a GPU would otherwise take TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation in float32, cast back before the scale is applied."""
+
+    size: int
+    eps: float
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale_D = self.param("scale", nn.initializers.ones, (self.size,), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = wide.astype(scale_D.dtype)
+        return normed * jnp.broadcast_to(scale_D, normed.shape)
+
+
+class Projection(nn.Module):
+    """A linear map that contracts the trailing `inputs` axes into `outputs` axes.
+
+    The kernel has shape `inputs + outputs`, for instance `[D, N, H]` for queries and `[N, H, D]` for
+    the attention output, so that heads are an axis of their own for sharding. `out_dtype` is the dtype
+    that the products are accumulated and returned in, that of the kernel unless given.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    use_bias: bool = False
+    param_dtype: jnp.dtype = jnp.float32
+    out_dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        rank = len(self.inputs)
+        init = nn.initializers.variance_scaling(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(rank)),
+            out_axis=tuple(range(rank, rank + len(self.outputs))),
+        )
+        kernel = self.param("kernel", init, self.inputs + self.outputs, self.param_dtype)
+        axes = (tuple(range(x.ndim - rank, x.ndim)), tuple(range(rank)))
+        y = jax.lax.dot_general(
+            x.astype(kernel.dtype),
+            kernel,
+            (axes, ((), ())),
+            precision=precision(kernel.dtype),
+            preferred_element_type=self.out_dtype,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.outputs, self.param_dtype)
+            y = y + jnp.broadcast_to(bias, y.shape)
+        return y
+
+
+def rotate(
+    x_BQNH: Float[Array, "B Q N H"], position_BQ: Int[Array, "B Q"], theta: float
+) -> Float[Array, "B Q N H"]:
+    """Rotary position embedding, half-split form, in float32 (RoFormer, arXiv 2104.09864)."""
+    half = x_BQNH.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position_BQ.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BQNH.dtype)
+
+
+def attention(
+    q_BQNH: Float[Array, "B Q N H"],
+    k_BLKH: Float[Array, "B L K H"],
+    v_BLKH: Float[Array, "B L K H"],
+    mask_BQL: Bool[Array, "B #Q L"],
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B K R Q L"]]:
+    """Grouped-query attention with a float32 softmax.
+
+    Returns the attended values and the weights; a caller that ignores the weights pays nothing for
+    them under jit. A query row whose mask is empty gets finite, meaningless values.
+    """
+    batch, size, heads, width = q_BQNH.shape
+    kv_heads = k_BLKH.shape[2]
+    exact = precision(q_BQNH.dtype)
+    q_BQKRH = q_BQNH.reshape(batch, size, kv_heads, heads // kv_heads, width)
+    scores_BKRQL = jnp.einsum(
+        "BQKRH,BLKH->BKRQL", q_BQKRH, k_BLKH, precision=exact, preferred_element_type=jnp.float32
+    ) * (1.0 / math.sqrt(width))
+    scores_BKRQL = jnp.where(mask_BQL[:, None, None], scores_BKRQL, jnp.finfo(jnp.float32).min)
+    weights_BKRQL = jax.nn.softmax(scores_BKRQL, axis=-1)
+    out_BQKRH = jnp.einsum(
+        "BKRQL,BLKH->BQKRH", weights_BKRQL.astype(v_BLKH.dtype), v_BLKH, precision=exact
+    )
+    return out_BQKRH.reshape(batch, size, heads, width), weights_BKRQL

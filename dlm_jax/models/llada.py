@@ -1,0 +1,142 @@
+"""LLaDA (arXiv 2502.09992): presets, its Hugging Face configuration and its weight names."""
+
+from typing import Any
+
+from dlm_jax.models.base import Config
+from dlm_jax.models.hf import expect, read
+
+NAME = "llada"
+"""Key of this family, and `model_type` in its config.json."""
+
+_8B = dict(
+    family=NAME,
+    vocab_size=126464,
+    width=4096,
+    mlp_width=12288,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    rope_theta=500000.0,
+    norm_eps=1e-5,
+    qkv_bias=False,
+    tied_head=False,
+    max_length=4096,
+    shift=0,
+    mask_id=126336,
+    eos_id=126081,
+    pad_id=126081,
+)
+
+PRESETS: dict[str, Config] = {
+    "llada-8b-base": Config(**_8B),
+    "llada-8b-instruct": Config(**_8B),
+    "llada-1.5": Config(**_8B),
+    # Not a published model: small enough for a CPU, large enough that a cache matters.
+    "bench-60m": Config(
+        **_8B
+        | dict(
+            vocab_size=32000,
+            width=512,
+            mlp_width=1536,
+            num_layers=8,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=64,
+            mask_id=31999,
+            eos_id=31998,
+            pad_id=31998,
+        )
+    ),
+}
+
+WEIGHTS: dict[str, str] = {
+    "embed/embedding": "model.transformer.wte.weight",
+    "final_norm/scale": "model.transformer.ln_f.weight",
+    "head/kernel": "model.transformer.ff_out.weight",
+    "blocks_{i}/attn_norm/scale": "model.transformer.blocks.{i}.attn_norm.weight",
+    "blocks_{i}/q/kernel": "model.transformer.blocks.{i}.q_proj.weight",
+    "blocks_{i}/q/bias": "model.transformer.blocks.{i}.q_proj.bias",
+    "blocks_{i}/k/kernel": "model.transformer.blocks.{i}.k_proj.weight",
+    "blocks_{i}/k/bias": "model.transformer.blocks.{i}.k_proj.bias",
+    "blocks_{i}/v/kernel": "model.transformer.blocks.{i}.v_proj.weight",
+    "blocks_{i}/v/bias": "model.transformer.blocks.{i}.v_proj.bias",
+    "blocks_{i}/o/kernel": "model.transformer.blocks.{i}.attn_out.weight",
+    "blocks_{i}/mlp_norm/scale": "model.transformer.blocks.{i}.ff_norm.weight",
+    "blocks_{i}/gate/kernel": "model.transformer.blocks.{i}.ff_proj.weight",
+    "blocks_{i}/up/kernel": "model.transformer.blocks.{i}.up_proj.weight",
+    "blocks_{i}/down/kernel": "model.transformer.blocks.{i}.ff_out.weight",
+}
+"""Parameter path -> tensor name in the Hugging Face checkpoint; `{i}` is the layer."""
+
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "alibi": (False,),
+    "attention_layer_norm": (False,),
+    "bias_for_layer_norm": (False, None),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "include_bias": (False,),
+    "input_emb_norm": (False,),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "multi_query_attention": (None, False),
+    "rope": (True,),
+    "scale_logits": (False,),
+}
+
+
+def from_hf(raw: dict[str, Any]) -> Config:
+    """Makes a `Config` of LLaDA's config.json.
+
+    Raises:
+      ValueError: a value that this transformer does not implement, or a missing one; it is named.
+    """
+    expect(raw, _SUPPORTED)
+    width, heads = read(raw, "d_model"), read(raw, "n_heads")
+    if width % heads:
+        raise ValueError(f"config.json: d_model is {width}; it must be a multiple of n_heads, {heads}.")
+    return Config(
+        family=NAME,
+        # The embedding may have more rows than there are tokens (padding for speed).
+        vocab_size=raw.get("embedding_size") or read(raw, "vocab_size"),
+        width=width,
+        mlp_width=raw.get("mlp_hidden_size") or width * read(raw, "mlp_ratio"),
+        num_layers=read(raw, "n_layers"),
+        num_heads=heads,
+        num_kv_heads=raw.get("n_kv_heads") or heads,
+        head_dim=width // heads,
+        rope_theta=float(read(raw, "rope_theta")),
+        norm_eps=float(read(raw, "rms_norm_eps")),
+        qkv_bias=bool(raw.get("include_qkv_bias", False)),
+        tied_head=bool(raw.get("weight_tying", False)),
+        max_length=read(raw, "max_sequence_length"),
+        shift=0,
+        mask_id=read(raw, "mask_token_id"),
+        eos_id=read(raw, "eos_token_id"),
+        pad_id=read(raw, "pad_token_id"),
+    )
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """The inverse of `from_hf`: a config.json that the original code reads."""
+    return {name: values[0] for name, values in _SUPPORTED.items()} | {
+        "architectures": ["LLaDAModelLM"],
+        "model_type": NAME,
+        "vocab_size": config.vocab_size,
+        "embedding_size": config.vocab_size,
+        "d_model": config.width,
+        "mlp_hidden_size": config.mlp_width,
+        "n_layers": config.num_layers,
+        "n_heads": config.num_heads,
+        "n_kv_heads": config.num_kv_heads,
+        "rope_theta": config.rope_theta,
+        "rope_full_precision": True,
+        "rms_norm_eps": config.norm_eps,
+        "include_qkv_bias": config.qkv_bias,
+        "weight_tying": config.tied_head,
+        "max_sequence_length": config.max_length,
+        "mask_token_id": config.mask_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+    }

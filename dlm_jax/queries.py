@@ -1,0 +1,87 @@
+"""Query sets as padded index arrays: the only module that knows about slots.
+
+Cache methods speak of *sets of positions* (`Bool[L]`). A compiled step needs a static number of query
+slots, so a set is packed into `capacity` indices, in ascending order, and the rest is filled with the
+sentinel `L`. Gathers clip the sentinel (the value is never used), scatters drop it.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax.typing import Array, Bool, Int, PyTree
+
+
+class Queries(NamedTuple):
+    """The positions that enter the network in one forward.
+
+    Attributes:
+      index_BQ: absolute slots, ascending; `L` marks an empty query slot.
+      position_BQ: rotary positions of those slots, counted from a row's first real token.
+      valid_BL: slots that hold a real token or a mask; the others are padding and never attended.
+    """
+
+    index_BQ: Int[Array, "B Q"]
+    position_BQ: Int[Array, "B Q"]
+    valid_BL: Bool[Array, "B L"]
+
+
+def positions(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
+    """Rotary position of every slot: the number of valid slots before it (0 at leading padding)."""
+    return jnp.maximum(jnp.cumsum(valid_BL.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+def pack(mask_BL: Bool[Array, "B L"], valid_BL: Bool[Array, "B L"], capacity: int) -> Queries:
+    """Packs one set of positions per row into `capacity` query slots.
+
+    Args:
+      mask_BL: the positions to compute. No row may hold more than `capacity`.
+      valid_BL: see `Queries`.
+      capacity: Q, static.
+    """
+    index_BQ = pack_index(mask_BL, capacity)
+    return Queries(index_BQ, gather(positions(valid_BL), index_BQ), valid_BL)
+
+
+def every(valid_BL: Bool[Array, "B L"]) -> Queries:
+    """All slots as queries, padding included: a whole forward without packing, Q = L."""
+    index_BL = jnp.broadcast_to(jnp.arange(valid_BL.shape[1], dtype=jnp.int32), valid_BL.shape)
+    return Queries(index_BL, positions(valid_BL), valid_BL)
+
+
+def pack_index(mask_BL: Bool[Array, "B L"], capacity: int) -> Int[Array, "B Q"]:
+    """The indices of the true entries of each row, ascending, padded with L to `capacity`."""
+    length = mask_BL.shape[1]
+
+    def row(mask_L: Array) -> Array:
+        return jnp.nonzero(mask_L, size=capacity, fill_value=length)[0].astype(jnp.int32)
+
+    return jax.vmap(row)(mask_BL)
+
+
+def unpack_index(index_BQ: Int[Array, "B Q"], length: int) -> Int[Array, "B L"]:
+    """The inverse of `pack_index`: for every slot the query slot that holds it, or Q if none does."""
+    size = index_BQ.shape[1]
+    empty_BL = jnp.full((index_BQ.shape[0], length), size, jnp.int32)
+    return scatter(empty_BL, jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), index_BQ.shape), index_BQ)
+
+
+def gather(values_BLx: PyTree, index_BQ: Int[Array, "B Q"]) -> PyTree:
+    """Reads `[B, L, ...]` arrays at the given slots; an empty slot reads the last one."""
+
+    def row(values_Lx: Array, index_Q: Array) -> Array:
+        return values_Lx.at[index_Q].get(mode="clip")
+
+    return jax.tree.map(lambda values: jax.vmap(row)(values, index_BQ), values_BLx)
+
+
+def scatter(values_BLx: Array, updates_BQx: Array, index_BQ: Int[Array, "B Q"]) -> Array:
+    """Writes `[B, Q, ...]` updates into a `[B, L, ...]` array; empty slots write nothing."""
+
+    def row(values_Lx: Array, updates_Qx: Array, index_Q: Array) -> Array:
+        return values_Lx.at[index_Q].set(
+            updates_Qx.astype(values_Lx.dtype), mode="drop", unique_indices=True
+        )
+
+    return jax.vmap(row)(values_BLx, updates_BQx, index_BQ)

@@ -1,0 +1,37 @@
+"""The letters for axes, and the array types that public signatures are written in.
+
+Every shape in the project is spelled with these letters, in names (`tokens_BL`), in einsums
+(`"BQKRH,BLKH->BKRQL"`) and in annotations:
+
+| letter | axis |
+|---|---|
+| B | batch, one row per sequence |
+| P | prompt slots, left-padded |
+| G | generated slots |
+| L | sequence slots, `L = P + G`; also the slots of a KV cache |
+| Q | query slots that enter the network in one denoising step, `Q <= L` |
+| W | positions whose logits are read in one denoising step |
+| D | model width |
+| F | hidden width of the feed-forward network |
+| N | query heads |
+| K | key and value heads |
+| R | query heads per key head, `R = N / K` |
+| H | width of one head |
+| V | vocabulary |
+| T | model forwards of one generation |
+
+The layer axis is always spelled out as `layers`. Annotations are documentation in production and are
+checked in the tests only.
+"""
+
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int, Key
+
+__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "PyTree"]
+
+
+Params = dict[str, Any]
+"""A nested dict of arrays, as `Transformer.init(...)["params"]` returns it."""
+PyTree = Any
+"""Any JAX pytree."""
