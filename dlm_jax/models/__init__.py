@@ -1,5 +1,8 @@
-"""Models by name. A new family is one module with `NAME`, `PRESETS`, `WEIGHTS`, `from_hf`, `to_hf`, and one
-line in `FAMILIES`."""
+"""Models by name.
+
+A new family is one module with `NAME`, `PRESETS`, `DECODE`, `WEIGHTS`, `from_hf` and `to_hf`, and one line
+in `FAMILIES`.
+"""
 
 import math
 from types import ModuleType

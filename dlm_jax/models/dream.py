@@ -37,6 +37,9 @@ PRESETS: dict[str, Config] = {
     "dream-v0-instruct-7b": Config(**_7B),
 }
 
+DECODE: dict[str, Any] = dict(schedule="timestep", alg="entropy", block_length=None)
+"""Decoding settings of the original where the user chooses none; fields of `DecodeConfig`."""
+
 WEIGHTS: dict[str, str] = {
     "embed/embedding": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",

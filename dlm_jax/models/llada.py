@@ -50,6 +50,9 @@ PRESETS: dict[str, Config] = {
     ),
 }
 
+DECODE: dict[str, Any] = dict(schedule="even", alg="low_confidence", block_length=32)
+"""Decoding settings of the original where the user chooses none; fields of `DecodeConfig`."""
+
 WEIGHTS: dict[str, str] = {
     "embed/embedding": "model.transformer.wte.weight",
     "final_norm/scale": "model.transformer.ln_f.weight",

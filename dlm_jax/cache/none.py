@@ -1,0 +1,28 @@
+"""No cache: every step computes every position."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from dlm_jax.cache.base import CacheMethod, Row, Variant
+from dlm_jax.geometry import Geometry
+from dlm_jax.models.base import Config, LayerFn, plain_layer
+from dlm_jax.typing import Array, Bool, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class NoCache(CacheMethod):
+    """The plain denoising loop; keeps no K/V at all."""
+
+    name: ClassVar[str] = "none"
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        del memory, geo
+        return row.valid_L
+
+    def init_cache(self, config: Config, geo: Geometry, batch: int, dtype: Any) -> tuple[PyTree, ...]:
+        del geo, batch, dtype
+        return ((),) * config.num_layers
+
+    def layers(self, variant: Variant, config: Config) -> tuple[tuple[int, int, LayerFn], ...]:
+        del variant
+        return ((0, config.num_layers, plain_layer),)

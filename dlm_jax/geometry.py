@@ -1,0 +1,54 @@
+"""The static shape of one generation; every buffer and loop length derives from it."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Prompt, blocks and denoising steps of one generation, in slots and model forwards.
+
+    Attributes:
+      prompt: P, prompt slots (with padding).
+      gen: G, generated slots.
+      block: generated slots per block; divides `gen`.
+      steps: denoising steps over the whole generation, a multiple of `num_blocks`; None where the
+        schedule counts tokens instead.
+      shift: the prediction for position p is read at p - shift.
+    """
+
+    prompt: int
+    gen: int
+    block: int
+    steps: int | None
+    shift: int
+
+    def __post_init__(self) -> None:
+        if self.prompt < 1:
+            raise ValueError(f"The prompt has {self.prompt} slots; at least one token is needed.")
+        if self.gen < 1:
+            raise ValueError(f"gen_length is {self.gen}; it must be at least 1.")
+        if self.block < 1 or self.gen % self.block:
+            raise ValueError(
+                f"block_length is {self.block}; it must divide gen_length, {self.gen}, into equal blocks."
+            )
+        if self.steps is not None and (self.steps < 1 or self.steps % self.num_blocks):
+            raise ValueError(
+                f"steps is {self.steps}; it must be a positive multiple of the number of blocks, "
+                f"{self.num_blocks} (gen_length {self.gen} / block_length {self.block})."
+            )
+
+    @property
+    def length(self) -> int:
+        """L, all slots."""
+        return self.prompt + self.gen
+
+    @property
+    def num_blocks(self) -> int:
+        return self.gen // self.block
+
+    @property
+    def steps_per_block(self) -> int:
+        """Denoising steps in which a block is to be filled."""
+        if self.steps is None:
+            raise ValueError("This generation has no number of steps: its schedule counts tokens.")
+        return self.steps // self.num_blocks

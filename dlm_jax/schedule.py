@@ -1,0 +1,84 @@
+"""How many tokens a denoising step commits.
+
+A schedule is a pure function of a row's progress in its block: `(masks at the block's start, masks
+now, step within the block) -> quota`. What cannot depend on data is a numpy table made once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from dlm_jax.geometry import Geometry
+from dlm_jax.typing import Array, Int
+
+
+class Schedule(NamedTuple):
+    """One row of `SCHEDULES`.
+
+    Attributes:
+      quota: see the module's docstring; vectorised over rows.
+      forwards: forwards that fill a block of the given number of masks.
+    """
+
+    quota: Callable[[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]], Int[Array, " B"]]
+    forwards: Callable[[int], int]
+
+
+def even(geo: Geometry, **_: object) -> Schedule:
+    """LLaDA's: a block's masks split evenly over its steps, the remainder first (`get_num_transfer_tokens`)."""
+    steps = geo.steps_per_block
+
+    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+        del masks_B
+        return start_B // steps + (step_B < start_B % steps)
+
+    return Schedule(quota, lambda masks: min(steps, masks))
+
+
+def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
+    """Dream's: times fall evenly from 1 to `eps`, and a step from t to s commits a share 1 - s/t of the masks.
+
+    The product is truncated to an integer, so early steps may commit nothing; the last takes all.
+    """
+    share = jnp.asarray(time_shares(geo.steps_per_block, eps))
+
+    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+        del start_B
+        step_B = jnp.minimum(step_B, share.shape[0] - 1)
+        return jnp.floor(masks_B.astype(jnp.float32) * share[step_B]).astype(jnp.int32)
+
+    return Schedule(quota, lambda masks: geo.steps_per_block if masks else 0)
+
+
+def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:
+    """A constant number of tokens per step, until the block is full."""
+    del geo
+
+    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+        del start_B, step_B
+        return jnp.minimum(num_transfer_tokens, masks_B)
+
+    return Schedule(quota, lambda masks: -(-masks // num_transfer_tokens))
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {"even": even, "timestep": timestep, "fixed": fixed}
+"""Name -> `(geometry, **parameters) -> Schedule`; parameters are fields of `DecodeConfig`."""
+
+
+def time_shares(steps: int, eps: float) -> np.ndarray:
+    """Share of the remaining masks that each of Dream's steps commits, float32 `[steps]`.
+
+    The times are rounded as the original rounds them, from both ends to the middle, because the
+    truncation of the quota can hang on the last bit.
+    """
+    one, last = np.float32(1), np.float32(eps)
+    delta = (last - one) / np.float32(steps)
+    count = np.arange(steps + 1, dtype=np.float32)
+    times = np.where(
+        np.arange(steps + 1) < (steps + 1) // 2, one + delta * count, last - delta * (steps - count)
+    ).astype(np.float32)
+    shares = one - times[1:] / times[:-1]
+    shares[-1] = one
+    return shares
