@@ -26,7 +26,7 @@ from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Transformer, readout, source_slot
 from dlm_jax.sampler import sample
 from dlm_jax.schedule import SCHEDULES, Schedule
-from dlm_jax.typing import Array, Bool, Float, Int, Key, Params, PyTree
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params, PyTree
 
 RECORDS = ("computed", "history")
 """What `diffusion_generate(record=...)` can be asked for."""
@@ -142,10 +142,10 @@ class DecodeState(NamedTuple):
 def diffusion_generate(
     params: Params,
     model: Transformer,
-    prompt_BP: Int[Array, "B P"],
-    prompt_mask_BP: Bool[Array, "B P"] | None = None,
+    prompt_BP: ArrayOrNumpy,
+    prompt_mask_BP: ArrayOrNumpy | None = None,
     *,
-    key: Key[Array, "..."],
+    key: Array,
     decode: DecodeConfig,
     cache: CacheMethod = NoCache(),  # noqa: B008 (immutable)
     record: tuple[str, ...] = (),
@@ -157,8 +157,8 @@ def diffusion_generate(
     Args:
       params: parameters of `model`; the forward runs in their dtype.
       model: the network.
-      prompt_BP: token ids, left-padded to a common length. Rows do not influence each other.
-      prompt_mask_BP: False at padding; None if there is none.
+      prompt_BP: integer token ids [B, P], left-padded to a common length. Rows do not influence each other.
+      prompt_mask_BP: bool [B, P], False at padding; None if there is none.
       key: one PRNG key, or one per row `[B]`. Used at temperature > 0 only; a row's noise depends on
         its key, its denoising step and the position, not on its neighbours.
       decode: decoding configuration.
@@ -178,10 +178,10 @@ def diffusion_generate(
 def diffusion_stream(
     params: Params,
     model: Transformer,
-    prompt_BP: Int[Array, "B P"],
-    prompt_mask_BP: Bool[Array, "B P"] | None = None,
+    prompt_BP: ArrayOrNumpy,
+    prompt_mask_BP: ArrayOrNumpy | None = None,
     *,
-    key: Key[Array, "..."],
+    key: Array,
     decode: DecodeConfig,
     cache: CacheMethod = NoCache(),  # noqa: B008 (immutable)
 ) -> Iterator[Frame]:
@@ -253,7 +253,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
         committed_at_BL=jnp.where(final_BL, state.nfe, state.committed_at_BL),
         confidence_BL=jnp.where(final_BL, confidence_BL, state.confidence_BL),
         nfe=state.nfe + 1,
-        step_B=state.step_B + jnp.any(rows.eligible_L, axis=-1),
+        step_B=state.step_B + jnp.any(rows.eligible_L, axis=-1).astype(jnp.int32),
         memory=jax.vmap(observe)(state.memory, rows, obs),
         cache=cache,
         computed_TBL=computed_TBL,
@@ -264,8 +264,8 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
 def _prepare(
     params: Params,
     model: Transformer,
-    prompt_BP: Array,
-    prompt_mask_BP: Array | None,
+    prompt_BP: ArrayOrNumpy,
+    prompt_mask_BP: ArrayOrNumpy | None,
     key: Array,
     decode: DecodeConfig,
     cache: CacheMethod,

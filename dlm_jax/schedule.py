@@ -32,7 +32,7 @@ def even(geo: Geometry, **_: object) -> Schedule:
 
     def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
         del masks_B
-        return start_B // steps + (step_B < start_B % steps)
+        return start_B // steps + (step_B < start_B % steps).astype(start_B.dtype)
 
     return Schedule(quota, lambda masks: min(steps, masks))
 

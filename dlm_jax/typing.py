@@ -26,11 +26,14 @@ checked in the tests only.
 
 from typing import Any
 
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
-__all__ = ["Array", "Bool", "Float", "Int", "Key", "Params", "PyTree"]
+__all__ = ["Array", "ArrayOrNumpy", "Bool", "DTypeLike", "Float", "Int", "Key", "Params", "PyTree"]
 
-
+ArrayOrNumpy = Array | np.ndarray
+"""What public functions take where they return a JAX array."""
 Params = dict[str, Any]
 """A nested dict of arrays, as `Transformer.init(...)["params"]` returns it."""
 PyTree = Any

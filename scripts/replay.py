@@ -16,12 +16,11 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import dlm_jax
@@ -67,22 +66,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
     """Runs one case; returns `passed`, `failed` or `unsupported`, and why."""
-    try:
-        run = translate(case)
-    except Unsupported as reason:
-        return "unsupported", str(reason)
     model, params = _load(checkpoints / case["model"])
     mask = case["prompt_mask"]
-    out = dlm_jax.diffusion_generate(
-        params,
-        model,
-        jnp.asarray(case["prompt"], jnp.int32),
-        None if mask is None else jnp.asarray(mask, bool),
-        key=jax.random.key(0),
-        decode=run.decode,
-        cache=run.cache,
-        record=("computed", "history"),
-    )
+    try:
+        run = translate(case)
+        out = dlm_jax.diffusion_generate(
+            params,
+            model,
+            np.asarray(case["prompt"], np.int32),
+            None if mask is None else np.asarray(mask, bool),
+            key=jax.random.key(0),
+            decode=run.decode,
+            cache=run.cache,
+            record=("computed", "history"),
+        )
+    except Unsupported as reason:
+        return "unsupported", str(reason)
+    except ValueError as error:
+        return "failed", str(error)
     difference = compare(case, jax.device_get(out))
     return ("failed", difference) if difference else ("passed", "")
 
@@ -94,17 +95,16 @@ def translate(case: dict[str, Any]) -> Run:
     """A case's arguments as a decoding configuration and a cache method.
 
     Raises:
-      Unsupported: naming the first argument that has no counterpart.
-      ValueError: the case comes from an entry point that is not known, or lacks an argument.
+      Unsupported: naming the entry point, or the first argument, that has no counterpart.
+      ValueError: the case lacks an argument, or one has an impossible value.
     """
     entry = case["source"]["entry"]
-    for name, (marker, read) in _ENTRIES.items():
-        if marker in (case["source"]["repo"], entry):
-            try:
-                return read(case["args"])
-            except KeyError as error:
-                raise ValueError(f"case {case['name']}: argument {error} of {name} is missing.") from error
-    raise ValueError(f"case {case['name']}: nothing is known about the entry point {entry}.")
+    if entry not in _ENTRIES:
+        raise Unsupported(f"entry point {entry}")
+    try:
+        return _ENTRIES[entry](case["args"])
+    except KeyError as error:
+        raise ValueError(f"argument {error} of {entry} is missing") from error
 
 
 def _llada_loop(args: dict[str, Any]) -> Run:
@@ -137,7 +137,7 @@ def _dream_loop(args: dict[str, Any]) -> Run:
     """`diffusion_generate` of Dream, as dKV-Cache and Fast-dLLM ship it, without a cache."""
     _only(args, "use_cache", (None, False))
     _only(args, "alg_temp", (None, 0.0))
-    # Fast-dLLM reads its threshold for this algorithm only.
+    # Fast-dLLM's threshold is only read by its algorithm "confidence_threshold".
     _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy"))
     return Run(
         DecodeConfig(
@@ -181,15 +181,15 @@ def _d2_framework(args: dict[str, Any]) -> Run:
     )
 
 
-_ENTRIES = {
-    "dKV-Cache LLaDA": ("generation_utils.llada_generate.generate", _llada_loop),
-    "dKV-Cache Dream": (
-        "generation_utils.dream_generation_utils.DreamGenerationMixin.diffusion_generate",
-        _dream_loop,
-    ),
-    "Fast-dLLM LLaDA": ("llada.generate.generate", _fast_dllm_llada),
-    "Fast-dLLM Dream": ("dream.model.generation_utils.DreamGenerationMixin.diffusion_generate", _dream_loop),
-    "d2Cache framework": ("src.generation.vanilla.vanilla_generate", _d2_framework),
+_ENTRIES: dict[str, Callable[[dict[str, Any]], Run]] = {
+    # dKV-Cache
+    "generation_utils.llada_generate.generate": _llada_loop,
+    "generation_utils.dream_generation_utils.DreamGenerationMixin.diffusion_generate": _dream_loop,
+    # Fast-dLLM
+    "llada.generate.generate": _fast_dllm_llada,
+    "dream.model.generation_utils.DreamGenerationMixin.diffusion_generate": _dream_loop,
+    # d2Cache framework
+    "src.generation.vanilla.vanilla_generate": _d2_framework,
 }
 """What a case's `source.entry` names -> how its arguments are read."""
 

@@ -12,7 +12,6 @@ float32.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from dlm_jax import queries as queries_lib
 from dlm_jax.models.layers import Projection, RMSNorm, attention, precision, rotate
 from dlm_jax.queries import Queries
-from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, DTypeLike, Float, Int, Params, PyTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,7 @@ class Block(nn.Module):
     """
 
     config: Config
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         c, dtype = self.config, self.param_dtype
@@ -158,7 +157,7 @@ class Transformer(nn.Module):
     """
 
     config: Config
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
         c = self.config
@@ -211,19 +210,24 @@ class Transformer(nn.Module):
         )
 
     def encode(
-        self, tokens_BL: Int[Array, "B L"], valid_BL: Bool[Array, "B L"] | None = None
+        self,
+        tokens_BL: Int[ArrayOrNumpy, "B L"],
+        valid_BL: Bool[ArrayOrNumpy, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Final-normed hidden states of whole sequences, without a cache."""
         c = self.config
         if valid_BL is None:
             valid_BL = jnp.ones(tokens_BL.shape, bool)
+        tokens_BL, valid_BL = jnp.asarray(tokens_BL), jnp.asarray(valid_BL)
         layers = ((0, c.num_layers, plain_layer),)
         queries = queries_lib.every(valid_BL)
         hidden_BLD, _, _ = self.walk(tokens_BL, queries, ((),) * c.num_layers, (), layers)
         return hidden_BLD
 
     def __call__(
-        self, tokens_BL: Int[Array, "B L"], valid_BL: Bool[Array, "B L"] | None = None
+        self,
+        tokens_BL: Int[ArrayOrNumpy, "B L"],
+        valid_BL: Bool[ArrayOrNumpy, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Raw float32 logits at every position, before any shift."""
         return self.unembed(self.encode(tokens_BL, valid_BL))

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from dlm_jax.typing import Array
+
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (None, False),
     "final_logit_softcapping": (None, False),
@@ -71,12 +73,15 @@ def to_param(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarra
     return (tensor.T if path.endswith("/kernel") else tensor).reshape(shape)
 
 
-def from_param(path: str, array: np.ndarray) -> np.ndarray:
+def as_tensor(path: str, array: np.ndarray) -> np.ndarray:
+    """The parameter at `path` laid out like its checkpoint tensor; a view if it is contiguous."""
+    shape = torch_shape(path, array.shape)
+    return array.reshape(shape[::-1]).T if path.endswith("/kernel") else array.reshape(shape)
+
+
+def from_param(path: str, array: np.ndarray | Array) -> np.ndarray:
     """The inverse of `to_param`."""
-    tensor = np.asarray(array)
-    if not path.endswith("/kernel"):
-        return np.ascontiguousarray(tensor.reshape(torch_shape(path, tensor.shape)))
-    return np.ascontiguousarray(tensor.reshape(torch_shape(path, tensor.shape)[::-1]).T)
+    return np.ascontiguousarray(as_tensor(path, np.asarray(array)))
 
 
 def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:

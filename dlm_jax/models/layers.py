@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.typing import Array, Bool, Float, Int
+from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
-def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
     """float32 parameters ask for float32 products, where a GPU would otherwise take TF32."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
@@ -19,7 +19,7 @@ class RMSNorm(nn.Module):
 
     size: int
     eps: float
-    param_dtype: jnp.dtype = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -41,8 +41,8 @@ class Projection(nn.Module):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     use_bias: bool = False
-    param_dtype: jnp.dtype = jnp.float32
-    out_dtype: jnp.dtype | None = None
+    param_dtype: DTypeLike = jnp.float32
+    out_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -1,0 +1,155 @@
+"""Parity with the recorded originals: logits, and generations step by step."""
+
+import copy
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import replay
+from conftest import CHECKPOINTS, GOLDEN, read_case, tiny
+
+from dlm_jax import models, queries
+from dlm_jax.cache.base import KV, kv_layer
+
+CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
+REPRESENTATIVE = {
+    "d2fw-vanilla-dream-g24-b8-n1-bs3-pad",
+    "d2fw-vanilla-llada-g32-b16-topk5-entropy-bs1",
+    "d2fw-maskpred-llada-g32-b8-n4-bs1",
+    "dream-plain-entropy-topp0.9-topk10-s20-bs2",
+    "dream-plain-infill-entropy-s16",
+    "dream-plain-margin-pad-s16-bs2",
+    "fastdllm-llada-plain-fixed-manysteps-g16b8s24",
+    "llada-plain-b8-s24-oversteps",
+    "llada-plain-maskpred-b12-s24",
+}
+
+
+@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
+def test_logits_equal_the_recorded_ones(name):
+    model, params = tiny(name)
+    recorded = np.load(GOLDEN / f"forward_{name}.npz")
+    logits = model.apply({"params": params}, recorded["tokens"].astype(np.int32))
+    np.testing.assert_allclose(logits, recorded["logits"], atol=1e-4, rtol=0)
+
+
+def test_padded_logits_equal_the_recorded_ones():
+    model, params = tiny("dream-tiny")
+    recorded = np.load(GOLDEN / "forward_dream-tiny.npz")
+    valid_BL = recorded["pad_attention_mask"] == 1
+    assert not valid_BL.all()
+    logits = model.apply({"params": params}, recorded["pad_tokens"].astype(np.int32), valid_BL)
+    np.testing.assert_allclose(logits[valid_BL], recorded["pad_logits"][valid_BL], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "pad_"])
+@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
+def test_two_query_subsets_through_the_cache_give_the_recorded_logits(name, prefix):
+    model, params = tiny(name)
+    recorded = np.load(GOLDEN / f"forward_{name}.npz")
+    if f"{prefix}tokens" not in recorded:
+        pytest.skip(f"no padded forward was recorded for {name}")
+    tokens_BL = jnp.asarray(recorded[f"{prefix}tokens"], jnp.int32)
+    valid_BL = jnp.ones(tokens_BL.shape, bool)
+    if prefix:
+        valid_BL = jnp.asarray(recorded["pad_attention_mask"] == 1)
+    size = (*tokens_BL.shape, model.config.num_kv_heads, model.config.head_dim)
+    cache = tuple(KV(jnp.zeros(size), jnp.zeros(size)) for _ in range(model.config.num_layers))
+    layers = ((0, model.config.num_layers, kv_layer),)
+
+    def forward(mask_BL, cache):
+        query = queries.pack(mask_BL & valid_BL, valid_BL, tokens_BL.shape[1])
+        tokens_BQ = queries.gather(tokens_BL, query.index_BQ)
+        hidden, cache, _ = model.apply(
+            {"params": params}, tokens_BQ, query, cache, (), layers, method="walk"
+        )
+        logits = model.apply({"params": params}, hidden, method="unembed")
+        return queries.scatter(jnp.zeros((*tokens_BL.shape, logits.shape[-1])), logits, query.index_BQ), cache
+
+    # The first forward fills the cache; each subset then reads the other's keys and values from it.
+    whole, cache = forward(jnp.ones(tokens_BL.shape, bool), cache)
+    subset_BL = jnp.asarray(np.random.default_rng(0).random(tokens_BL.shape) < 0.4)
+    first, cache = forward(subset_BL, cache)
+    second, _ = forward(~subset_BL, cache)
+    wanted = recorded[f"{prefix}logits"]
+    for logits, part_BL in ((whole, valid_BL), (first, subset_BL), (second, ~subset_BL)):
+        part_BL = np.asarray(part_BL & valid_BL)
+        assert part_BL.any()
+        np.testing.assert_allclose(logits[part_BL], wanted[part_BL], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [case if case in REPRESENTATIVE else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_replay(name):
+    outcome, detail = replay.replay(read_case(name), CHECKPOINTS)
+    assert (outcome, detail) == ("passed", "")
+
+
+class TestReplayRejects:
+    """A replay that cannot fail would prove nothing: falsified cases must be found out."""
+
+    @pytest.fixture
+    def case(self):
+        return copy.deepcopy(read_case("dream-plain-maskgit-s1"))
+
+    def check(self, case, words):
+        outcome, detail = replay.replay(case, CHECKPOINTS)
+        assert outcome == "failed" and words in detail, (outcome, detail)
+
+    def test_a_token(self, case):
+        case["expected"]["tokens"][0][-1] += 1
+        self.check(case, "final tokens, row 0, position 24")
+
+    def test_a_history_entry(self, case):
+        case["expected"]["history"][0][0][3] += 1
+        self.check(case, "step 0, row 0, position 3: token")
+
+    def test_a_computed_set(self, case):
+        length = len(case["expected"]["tokens"][0])
+        case["expected"]["computed"] = [[list(range(1, length))]]
+        self.check(case, "step 0, row 0, position 0: computed")
+
+    def test_the_number_of_forwards(self, case):
+        case["expected"]["nfe"] = 2
+        self.check(case, "1 model forwards, recorded 2")
+
+    def test_an_impossible_argument(self, case):
+        case["args"]["steps"] = 0
+        self.check(case, "steps is 0")
+
+    def test_a_missing_argument(self, case):
+        del case["args"]["eps"]
+        self.check(case, "argument 'eps'")
+
+    def test_unknown_settings_are_unsupported_not_ignored(self, case):
+        case["args"]["alg_temp"] = 0.5
+        assert replay.replay(case, CHECKPOINTS) == ("unsupported", "alg_temp=0.5")
+        case["source"]["entry"] = "elsewhere.generate"
+        assert replay.replay(case, CHECKPOINTS) == ("unsupported", "entry point elsewhere.generate")
+
+
+def test_replay_command(tmp_path, capsys):
+    good = read_case("dream-plain-maskgit-s1")
+    (tmp_path / "good.json").write_text(json.dumps(good))
+    arguments = ["--checkpoints", str(CHECKPOINTS), str(tmp_path)]
+    assert replay.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == ["good: pass", "1 passed, 0 failed, 0 unsupported"]
+
+    good["args"]["alg"] = "origin"
+    (tmp_path / "unsupported.json").write_text(json.dumps(good))
+    assert replay.main(arguments) == 1
+    assert "unsupported: unsupported: alg=origin" in capsys.readouterr().out
+
+    (tmp_path / "broken.json").write_text("{")
+    assert replay.main(arguments) == 2
+    assert "broken.json is not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llada-tiny", "dream-tiny"])
+def test_config_survives_the_way_to_hugging_face_and_back(name):
+    model, _ = tiny(name)
+    assert models.config_from_hf(models.config_to_hf(model.config)) == model.config
