@@ -1,0 +1,367 @@
+"""The command from its arguments to its output, on a recorded tiny model with a tokenizer added.
+
+The model is random, so its text means nothing; what is checked is where every piece of it goes.
+"""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import CHECKPOINTS, ROOT
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from dlm_jax import arithmetic, cache, checkpoint, generate, job, live, tokenizer
+from dlm_jax.config import DecodeConfig
+from dlm_jax.engine import Answer, Engine, PromptError, Result, Snapshot, check_rows
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
+    "{% else %}<|assistant|>{{ m['content'] }}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+USER, EOS, ASSISTANT, MASK = 316, 317, 318, 319
+GEN = "--gen-length=8"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A checkpoint directory whose tokenizer has one token per byte."""
+    directory = tmp_path_factory.mktemp("model")
+    for file in (CHECKPOINTS / "llada-tiny").iterdir():
+        shutil.copyfile(file, directory / file.name)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters += [f"unused{i}" for i in range(USER - len(letters))]
+    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(letters)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|user|>", "<|endoftext|>", "<|assistant|>", "<|mask|>"])
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>", mask_token="<|mask|>"
+    )
+    tok.chat_template = TEMPLATE
+    tok.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def engine(model) -> Engine:
+    """Samples, so that keys matter, and keeps the history."""
+    opened = checkpoint.load(model)
+    decode = DecodeConfig.for_model(opened.config, gen_length=8, temperature=1.0)
+    return Engine(opened, decode, cache.make("none"), history=True)
+
+
+def lines(text: str) -> list[str]:
+    return text.splitlines()
+
+
+def test_text_goes_to_standard_output_and_the_rest_to_standard_error(model, capsys):
+    assert generate.main(["--model", model, GEN, "How many?"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and "tokens/s" not in out and "How many?" not in out
+    told = lines(err)
+    assert told[0].startswith("loading ") and told[1] == "How many?"
+    assert "compiling ..." in told and "denoising ..." in told
+    assert "8 denoising steps, 8 model forwards" in told[-1]
+    assert "tokens in" in told[-1] and "compiled in" in told[-1]
+
+
+def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
+    history = tmp_path / "history.json"
+    prompts = ["Hi", "A longer prompt, of some more tokens."]
+    argv = ["--model", model, GEN, "--json", "--history", str(history), "--no-chat"]
+    assert generate.main([*argv, prompts[0], "--prompt", prompts[1], "--steps=4"]) == 0
+    out = [json.loads(line) for line in lines(capsys.readouterr().out)]
+    assert [line["prompt"] for line in out] == prompts
+    for line in out:
+        assert line.keys() == {"prompt", "text", "tokens", "stats"}
+        assert len(line["tokens"]) == 8 and MASK not in line["tokens"]
+        assert isinstance(line["text"], str)
+        stats = line["stats"]
+        assert (stats["steps"], stats["forwards"]) == (4, 4)
+        assert stats["seconds"] > 0 and stats["compile_seconds"] > 0
+        assert stats["tokens"] <= 8 and stats["batch_tokens"] <= 16
+
+    written = json.loads(history.read_text())
+    frames = np.array(written["frames"])  # [step, row, G]
+    committed_at = np.array(written["committed_at"])  # [row, G]
+    assert frames.shape == (4, 2, 8) and committed_at.shape == (2, 8)
+    final = np.array([line["tokens"] for line in out])
+    step = np.arange(4)[:, None, None]
+    assert (frames == np.where(committed_at <= step, final, written["mask_id"])).all()
+    assert os.listdir(tmp_path) == ["history.json"]
+
+
+def test_masks_among_prompt_ids_are_filled(model, capsys, tmp_path):
+    given = [[5, 6, MASK, MASK, 7], [9]]
+    file = tmp_path / "ids.json"
+    file.write_text(json.dumps(given))
+    argv = ["--prompt-ids", str(file), "--gen-length=4"]
+    assert generate.main(["--model", model, *argv, "--json"]) == 0
+    out = [json.loads(line) for line in lines(capsys.readouterr().out)]
+    assert [line["prompt"] for line in out] == given
+    assert [len(line["tokens"]) for line in out] == [9, 5]
+    first, second = (line["tokens"] for line in out)
+    assert (first[:2], first[4], second[0]) == ([5, 6], 7, 9)
+    assert MASK not in first + second
+    assert [line["stats"]["tokens"] for line in out] == [6, 4]
+
+    # Without a tokenizer ids go in and ids come out.
+    bare = str(CHECKPOINTS / "llada-tiny")
+    assert generate.main(["--model", bare, *argv]) == 0
+    assert lines(capsys.readouterr().out) == [" ".join(map(str, row)) for row in (first, second)]
+
+
+def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):
+    whole, each = tmp_path / "whole.txt", tmp_path / "each.jsonl"
+    whole.write_text("two\nlines\n")
+    each.write_text('"one"\n\n{"prompt": "two", "answer": 2}\n')
+    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
+    argv = ["first", "--prompt", "-", "--prompt-file", str(whole), "--prompt-file", str(each)]
+    wanted = ["first", "from a pipe", "two\nlines", "one", "two"]
+    assert generate.read_texts(generate.parse(argv)) == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("all of it"))
+    assert generate.read_texts(generate.parse(["-"])) == ["all of it"]
+
+
+def test_the_default_question_is_held_out():
+    assert generate.read_texts(generate.parse([])) == [generate.QUESTION]
+    assert arithmetic.is_held_out(generate.QUESTION)
+
+
+WRONG = {
+    "steps": (["--steps=3", "--block-length=4"], "steps is 3"),
+    "no steps": (["--steps=0"], "steps is 0"),
+    "block": (["--block-length=3"], "block_length is 3"),
+    "length": (["--gen-length=0"], "gen_length is 0"),
+    "no number": (["--gen-length=many"], "--gen-length"),
+    "temperature": (["--temperature=-1"], "temperature is -1"),
+    "nan": (["--temperature=nan"], "not a number"),
+    "top p": (["--top-p=0"], "top_p is 0"),
+    "top k": (["--top-k=0"], "top_k is 0"),
+    "alg": (["--alg=best"], "it must be one of low_confidence"),
+    "seed": (["--seed=-1"], "--seed"),
+    "dtype": (["--dtype=int8"], "--dtype"),
+    "cache": (["--cache=some"], "cache is 'some'; it must be one of none"),
+    "cache argument": (["--cache-args=k=1"], "has no argument 'k'"),
+    "cache arguments": (["--cache-args=k"], "name=value"),
+    "option": (["--frobnicate"], "--frobnicate"),
+    "empty": (["--prompt="], "empty"),
+    "blank": (["--prompt", " \n"], "empty"),
+    "long": (["x" * 600], "context ends at 512"),
+    "surrogate": (["\udcff"], "Unicode"),
+    "no file": (["--prompt-file", "{tmp}/none"], "{tmp}/none: No such file"),
+    "binary": (["--prompt-file", "{tmp}/binary"], "not UTF-8"),
+    "no json": (["--prompt-ids", "{tmp}/binary.json"], "is not JSON"),
+    "no lists": (["--prompt-ids", "{tmp}/flat.json"], "list of lists of token ids"),
+    "no ids": (["--prompt-ids", "{tmp}/true.json"], "list of lists of token ids"),
+    "big id": (["--prompt-ids", "{tmp}/big.json"], "token id 320; ids must lie in 0 to 319"),
+    "small id": (["--prompt-ids", "{tmp}/small.json"], "token id -1"),
+    "no id": (["--prompt-ids", "{tmp}/empty.json"], "Prompt 2 is empty"),
+    "ids and text": (["--prompt-ids", "{tmp}/big.json", "text"], "no others beside it"),
+    "ids as chat": (["--prompt-ids", "{tmp}/big.json", "--chat"], "leave --chat out"),
+    "line": (["--prompt-file", "{tmp}/bad.jsonl"], "bad.jsonl, line 2,"),
+    "no line": (["--prompt-file", "{tmp}/none.jsonl"], "holds no prompt"),
+    "stop": (["--stop="], "--stop is empty"),
+    "live": (["--live"], "must be a terminal"),
+    "interactive": (["--interactive", "--json"], "--json cannot go with it"),
+    "history": (["--history", "{tmp}/none/h.json"], "cannot be written"),
+    "history directory": (["--history", "{tmp}"], "no regular file"),
+    "history link": (["--history", "{tmp}/link"], "no regular file"),
+    "model": (["--model", "{tmp}/none"], "neither a directory nor an embedded model"),
+    "model files": (["--model", "{tmp}"], "config.json"),
+    "no tokenizer": (["--model", str(CHECKPOINTS / "llada-tiny")], "--prompt-ids"),
+    "stop no text": (
+        ["--model", str(CHECKPOINTS / "llada-tiny"), "--stop=a", "--prompt-ids={tmp}/one.json"],
+        "no tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_value_is_one_sentence_and_status_2(case, model, capsys, tmp_path, monkeypatch):
+    def too_late(*_args, **_kwargs):
+        raise AssertionError("long work was started")
+
+    monkeypatch.setattr(checkpoint, "load", too_late)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    contents = {
+        "binary.json": "{",
+        "flat.json": "[1, 2]",
+        "true.json": "[[true]]",
+        "big.json": "[[320]]",
+        "small.json": "[[-1]]",
+        "empty.json": "[[1], []]",
+        "one.json": "[[1]]",
+        "bad.jsonl": '"good"\n{"prompt": 3}\n',
+        "none.jsonl": "\n",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    argv, wanted = WRONG[case]
+    argv = [argument.replace("{tmp}", str(tmp_path)) for argument in argv]
+    if not any(argument.startswith("--gen-length") for argument in argv):
+        argv.append(GEN)
+    try:
+        status = generate.main(["--model", model, *argv])
+    except SystemExit as exit_:  # the parser's way
+        status = exit_.code
+    out, err = capsys.readouterr()
+    told = [line for line in lines(err) if not line.startswith("loading ")]
+    assert (status, out, len(told)) == (2, "", 1), err
+    assert told[0].startswith("dlm-jax-generate: ")
+    assert wanted.replace("{tmp}", str(tmp_path)) in told[0]
+
+
+def test_chat_needs_a_template(model, capsys, tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(model) / name, tmp_path / name)
+    assert generate.main(["--model", str(tmp_path), "--chat", "Hi"]) == 2
+    assert "has no chat template; leave --chat out" in capsys.readouterr().err
+
+
+def test_stop_cuts_at_the_first():
+    for text, wanted in (("Hello", "H"), ("xyz", "xyz"), ("", "")):
+        assert job.cut(text, ["l", "e"]) == wanted
+    assert job.cut("Hello", []) == "Hello"
+
+
+def test_cache_arguments_have_types():
+    args = generate.parse(["--cache-args", "window=4,rate=0.5,on=true,name=first"])
+    assert args.cache_args == {"window": 4, "rate": 0.5, "on": True, "name": "first"}
+
+
+def test_a_conversation(model, capsys, monkeypatch):
+    seen = []
+    encode_chat = tokenizer.encode_chat
+
+    def spy(tok, messages):
+        seen.append(messages)
+        return encode_chat(tok, messages)
+
+    monkeypatch.setattr(tokenizer, "encode_chat", spy)
+    typed = ["Hi", "/help", "", "Again", "/reset", "New", "x" * 600, "/quit", "never read"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    assert generate.main(["--model", model, "--gen-length=4", "--interactive"]) == 0
+    out, err = capsys.readouterr()
+    contents = [[message["content"] for message in messages] for messages in seen]
+    assert contents[0] == ["Hi"]
+    assert contents[1][0] == "Hi" and contents[1][2:] == ["Again"]
+    assert contents[2] == ["New"]
+    assert contents[1][1] in out  # what was answered is what was remembered
+    assert "/help is no command" in err and "starts anew" in err
+    assert "context ends at 512" in err and err.count("tokens/s") == 3
+
+
+def test_a_conversation_without_template_and_end_of_input(model, capsys, monkeypatch):
+    asked = []
+
+    def run(_engine, rows, _key):
+        asked.extend(rows)
+        return Result([Answer([1], [0], "yes", 1)], None, 1, 0.0, 1.0)
+
+    monkeypatch.setattr(Engine, "run", run)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nHi"))
+    assert generate.main(["--model", model, "--interactive", "--no-chat"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "yes\nyes\n" and "every line is a prompt of its own" in err
+    assert len(asked) == 2 and asked[0] == asked[1] and USER not in asked[0]
+
+
+def test_watching_changes_nothing(engine):
+    rows, key = [[1, 2, 3], [4]], jax.random.key(3)
+    snapshots: list[Snapshot] = []
+    watched = engine.run(rows, key, snapshots.append)
+    plain = engine.run(rows, key)
+    assert [answer.ids for answer in watched.answers] == [answer.ids for answer in plain.answers]
+    assert watched.answers == plain.answers
+    assert watched.frames == plain.frames == [snapshot.ids for snapshot in snapshots]
+    assert [snapshot.step for snapshot in snapshots] == list(range(plain.nfe))
+    assert all(len(row) == 8 for row in snapshots[-1].confidence)
+
+
+def test_a_program_is_compiled_once_and_the_key_decides(engine):
+    row = [[1, 2, 3]]
+    first = engine.run(row, jax.random.key(0))
+    other_length = engine.run([[1, 2, 3, 4]], jax.random.key(1))
+    again = engine.run(row, jax.random.key(0))
+    assert first.compile_seconds > 0 and other_length.compile_seconds < first.compile_seconds / 10
+    assert again.answers == first.answers
+    assert engine.run(row, jax.random.key(1)).answers != first.answers
+
+
+def test_padding_gives_way_to_a_full_context(engine):
+    """512 slots hold 504 prompt tokens and 8 more, though 504 is no multiple of the bucket."""
+    config = engine.checkpoint.config
+    check_rows([[1] * 504], config, engine.decode)
+    with pytest.raises(PromptError, match="505 tokens"):
+        check_rows([[1] * 505], config, engine.decode)
+    assert engine.run([[1] * 504], jax.random.key(0)).nfe == 8
+
+
+def test_the_drawing_shows_masks_then_text(engine, monkeypatch):
+    monkeypatch.setattr(live, "SLOWEST", 0.0)
+    opened = engine.checkpoint
+    row = opened.tokenizer("Why?")["input_ids"]
+    hello = opened.tokenizer("Hello")["input_ids"]
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    with live.Canvas(console, ["Why?"], [row], opened) as canvas:
+        ids = [MASK] * 6
+        for step, token in enumerate([*hello, EOS]):
+            ids[step] = token
+            at = [position if position <= step else -1 for position in range(6)]
+            canvas.draw(Snapshot(step, [list(ids)], [at], [[0.5] * 6]))
+            drawn = console.file.getvalue()  # type: ignore[attr-defined]
+            if step == 1:
+                assert "He" in drawn and live.MASK * 4 in drawn and "4 masks left" in drawn
+    assert "Hello \N{MIDDLE DOT}" in drawn and "Why?" in drawn and "0 masks left" in drawn
+
+
+def test_negative_entropies_become_colours():
+    assert live._sureness([-0.0, -np.log(2), 0.25, 1.5]) == pytest.approx([1.0, 0.5, 0.25, 1.0])
+    assert live._colour(0.0).triplet == live.UNSURE
+    assert live._colour(0.5).triplet == live.HALF_SURE
+    assert live._colour(1.0).triplet == live.SURE
+
+
+def start(*argv: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dlm_jax.generate", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_a_closed_pipe_is_no_error(model):
+    with start("--model", model, GEN, "Hi") as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 141
+    assert "tokens in" not in err and "Error" not in err and "Traceback" not in err
+
+
+def test_an_interrupt_leaves_no_trace(model, tmp_path):
+    target = tmp_path / "history.json"
+    with start("--model", model, "--gen-length=256", "--history", str(target), "Hi") as process:
+        for line in process.stderr:
+            if line.startswith("compiling"):
+                break
+        process.send_signal(signal.SIGINT)
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []

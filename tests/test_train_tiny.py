@@ -1,0 +1,155 @@
+"""The trainer of the embedded models, at a size where it takes seconds."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import train_tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from train_tiny import Recipe
+
+from dlm_jax import load
+
+RECIPE = Recipe(
+    width=32,
+    mlp_width=64,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    problems=200,
+    tokenizer_problems=200,
+    vocab_size=400,
+    length=160,
+    long_length=160,
+    batch=8,
+    drill_rows=3,
+    drill_from=10,
+    steps=30,
+    warmup=5,
+    learning_rate=5e-3,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _usual_promotion():
+    """Optax mixes integers, floats and ranks, which the tests of the library forbid."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tiny.train_tokenizer(train_tiny.draw(0, "train", 3000), vocab_size=1024)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An uninterrupted training run: its final state, its work and its model directory."""
+    root = tmp_path_factory.mktemp("run")
+    state = train_tiny.train(
+        RECIPE, root / "work", root / "model", log_every=5, test_every=15, tests=2
+    )
+    return state, root / "work", root / "model"
+
+
+def entries(work: Path, name: str) -> list[float]:
+    lines = map(json.loads, (work / "log.jsonl").read_text().splitlines())
+    return [line[name] for line in lines if name in line]
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text())
+def test_any_text_survives_the_tokenizer(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_words_and_digits_are_single_tokens(tokenizer):
+    pieces = tokenizer.encode("Tom has 35 boxes. 3 * 12 = 36 apples").tokens
+    wanted = ["Tom", " has", " ", "3", "5", " boxes", ". ", "3", " * ", "1", "2", " = ", "3", "6"]
+    assert [piece.replace("Ġ", " ") for piece in pieces] == [*wanted, " apples"]
+
+
+def test_problems_fit_the_recipes(tokenizer):
+    drawn = train_tiny.draw(7, "train", 3000)
+    for recipe in train_tiny.RECIPES.values():
+        tokens, starts = train_tiny.encode_problems(tokenizer, drawn, recipe.length)
+        assert (starts + recipe.min_canvas <= recipe.length).all()
+        eos = tokenizer.token_to_id(train_tiny.EOS)
+        assert (tokens[:, -1] == eos).all()  # there is room for the end of the answer
+    with pytest.raises(ValueError, match="length is 20"):
+        train_tiny.encode_problems(tokenizer, drawn, 20)
+
+
+def test_loss_falls(run):
+    losses = entries(run[1], "loss")
+    assert len(losses) == 6
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
+    shutil.copytree(run[1], tmp_path / "work")
+    (tmp_path / "work" / "state.msgpack").unlink()
+    options = dict(log_every=5, test_every=15, tests=2)
+    for stop_at in (18, None):  # the first part saves its state at step 15
+        state = train_tiny.train(
+            RECIPE, tmp_path / "work", tmp_path / "model", stop_at=stop_at, **options
+        )
+    jax.tree.map(np.testing.assert_array_equal, state, run[0])
+    names = sorted(path.name for path in run[2].iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "model").iterdir())
+    for name in names:
+        assert (tmp_path / "model" / name).read_bytes() == (run[2] / name).read_bytes()
+
+
+def test_another_recipe_is_refused(run, tmp_path):
+    other = dataclasses.replace(RECIPE, learning_rate=1e-3)
+    with pytest.raises(ValueError, match=r"learning_rate 0\.005, not 0\.001"):
+        train_tiny.train(other, run[1], tmp_path)
+
+
+def test_the_written_model_opens(run):
+    checkpoint = load(run[2])
+    assert checkpoint.config.family == "llada"
+    chat = [{"role": "user", "content": "3 + 4?"}]
+    render = checkpoint.tokenizer.apply_chat_template
+    assert render(chat, tokenize=False, add_generation_prompt=True) == "<|user|>3 + 4?<|assistant|>"
+    chat += [{"role": "assistant", "content": "7"}, {"role": "user", "content": "Sure?"}]
+    assert render(chat, tokenize=False, add_generation_prompt=True) == (
+        "<|user|>3 + 4?<|assistant|>7<|endoftext|><|user|>Sure?<|assistant|>"
+    )
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.params, run[0].ema)
+
+
+def test_evaluation_ends_with_json(run, capsys):
+    train_tiny.evaluate(run[2], count=3, seed=5, gen_length=40)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == {"accuracy": result["accuracy"], "problems": 3, "seed": 5, "gen_length": 40}
+    assert 0.0 <= result["accuracy"] <= 1.0
+
+
+def test_dream_reads_one_position_to_the_left(tokenizer):
+    config = train_tiny.make_config(dataclasses.replace(RECIPE, family="dream"), tokenizer)
+    assert (config.shift, config.qkv_bias) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "give one with --work"),
+        (["--evaluate", "0"], "--evaluate is 0"),
+        (["--evaluate", "5", "--out", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", *arguments])
+    assert train_tiny.main() == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.count("\n") == 1
+    assert not captured.out
