@@ -34,8 +34,8 @@ class DecodeConfig:
       gen_length: G, tokens to generate.
       block_length: generated tokens per semi-autoregressive block, filled from left to right; None
         makes one block of everything.
-      steps: denoising steps (model forwards) over the whole generation, split evenly over the blocks;
-        None means one token per step. Unused by the schedule `fixed`.
+      steps: denoising steps (model forwards) over the whole generation, split evenly over the
+        blocks; None means one token per step. Unused by the schedule `fixed`.
       schedule: how many tokens each step commits, a key of `schedule.SCHEDULES`.
       num_transfer_tokens: tokens per step of the schedule `fixed`.
       eps: last time of the schedule `timestep`.
@@ -76,8 +76,8 @@ class DecodeConfig:
         _one_of("alg", self.alg, ALGORITHMS)
         if self.schedule == "fixed" and self.steps is not None:
             raise ValueError(
-                f"steps is {self.steps}, but the schedule 'fixed' counts tokens; leave steps out and "
-                "set num_transfer_tokens."
+                f"steps is {self.steps}, but the schedule 'fixed' counts tokens; leave steps out "
+                "and set num_transfer_tokens."
             )
         if self.num_transfer_tokens < 1:
             raise ValueError(

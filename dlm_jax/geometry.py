@@ -29,7 +29,8 @@ class Geometry:
             raise ValueError(f"gen_length is {self.gen}; it must be at least 1.")
         if self.block < 1 or self.gen % self.block:
             raise ValueError(
-                f"block_length is {self.block}; it must divide gen_length, {self.gen}, into equal blocks."
+                f"block_length is {self.block}; it must divide gen_length, {self.gen}, into equal "
+                "blocks."
             )
         if self.steps is not None and (self.steps < 1 or self.steps % self.num_blocks):
             raise ValueError(

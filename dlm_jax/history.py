@@ -1,7 +1,7 @@
 """The canvas at every denoising step, rebuilt from the step at which each position was committed.
 
-Nothing is carried through the decoding loop for it: as long as no strategy revokes a token, the final
-tokens and `committed_at` hold the whole history.
+Nothing is carried through the decoding loop for it: as long as no strategy revokes a token, the
+final tokens and `committed_at` hold the whole history.
 """
 
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ def frames(
 
     Args:
       tokens: the final canvas.
-      committed_at: forward in which a position was committed; -1 if it was given, or is still a mask.
+      committed_at: forward in which a position was committed; -1 if it was given, or is still a
+      mask.
       mask_id: shown where a position is not committed yet.
       forwards: T, static.
     """

@@ -1,8 +1,8 @@
 """Query sets as padded index arrays: the only module that knows about slots.
 
-Cache methods speak of *sets of positions* (`Bool[L]`). A compiled step needs a static number of query
-slots, so a set is packed into `capacity` indices, in ascending order, and the rest is filled with the
-sentinel `L`. Gathers clip the sentinel (the value is never used), scatters drop it.
+Cache methods speak of *sets of positions* (`Bool[L]`). A compiled step needs a static number of
+query slots, so a set is packed into `capacity` indices, in ascending order, and the rest is filled
+with the sentinel `L`. Gathers clip the sentinel (the value is never used), scatters drop it.
 """
 
 from typing import NamedTuple
@@ -61,10 +61,12 @@ def pack_index(mask_BL: Bool[Array, "B L"], capacity: int) -> Int[Array, "B Q"]:
 
 
 def unpack_index(index_BQ: Int[Array, "B Q"], length: int) -> Int[Array, "B L"]:
-    """The inverse of `pack_index`: for every slot the query slot that holds it, or Q if none does."""
+    """The inverse of `pack_index`: the query slot that holds a slot, or Q if none does."""
     size = index_BQ.shape[1]
     empty_BL = jnp.full((index_BQ.shape[0], length), size, jnp.int32)
-    return scatter(empty_BL, jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), index_BQ.shape), index_BQ)
+    return scatter(
+        empty_BL, jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), index_BQ.shape), index_BQ
+    )
 
 
 def gather(values_BLx: PyTree, index_BQ: Int[Array, "B Q"]) -> PyTree:

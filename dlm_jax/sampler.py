@@ -1,8 +1,9 @@
 """From logits to a candidate token and how sure the model is of it.
 
 The candidate comes from the tempered and filtered distribution. What a confidence is differs:
-LLaDA's `low_confidence` takes the candidate's probability under the model's own softmax, Dream's
-measures look at the tempered and filtered one, so filters change them even at temperature 0.
+LLaDA's `low_confidence` (arXiv 2502.09992) takes the candidate's probability under the model's own
+softmax; Dream's measures look at the tempered and filtered one, so that filters change them even at
+temperature 0.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class Candidates(NamedTuple):
 
 
 def low_confidence(c: Candidates) -> Float[Array, "*W"]:
-    """Probability of the candidate, untempered and unfiltered (LLaDA, arXiv 2502.09992, algorithm 5)."""
+    """Probability of the candidate, untempered and unfiltered (LLaDA, algorithm 5)."""
     return jnp.exp(_take(c.raw, c.token))
 
 
@@ -79,7 +80,9 @@ def sample(
       top_k: keeps the k largest logits; None switches it off.
     """
     vocab = jnp.arange(logits.shape[-1])[None, None, :]
-    allowed = jnp.broadcast_to(jnp.ones_like(vocab, bool) if banned is None else vocab != banned, logits.shape)
+    allowed = jnp.broadcast_to(
+        jnp.ones_like(vocab, bool) if banned is None else vocab != banned, logits.shape
+    )
     scaled = logits if temperature is None else logits / jnp.broadcast_to(temperature, logits.shape)
     kept = allowed & keep(jnp.where(allowed, scaled, -jnp.inf), top_p, top_k)
     choice = jnp.where(kept, scaled, -jnp.inf)
@@ -109,7 +112,9 @@ def keep(
     if top_p is not None:
         p = jax.nn.softmax(order, axis=-1)
         before = jnp.cumsum(p, axis=-1) - p
-        count_BW = jnp.sum(before <= jnp.broadcast_to(top_p, before.shape), axis=-1, dtype=jnp.int32)
+        count_BW = jnp.sum(
+            before <= jnp.broadcast_to(top_p, before.shape), axis=-1, dtype=jnp.int32
+        )
     if top_k is not None:
         count_BW = jnp.minimum(count_BW, jnp.broadcast_to(top_k, count_BW.shape))
     threshold = jnp.take_along_axis(order, jnp.maximum(count_BW - 1, 0)[..., None], axis=-1)

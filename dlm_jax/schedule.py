@@ -27,7 +27,7 @@ class Schedule(NamedTuple):
 
 
 def even(geo: Geometry, **_: object) -> Schedule:
-    """LLaDA's: a block's masks split evenly over its steps, the remainder first (`get_num_transfer_tokens`)."""
+    """LLaDA's: a block's masks split evenly over its steps, the remainder first."""
     steps = geo.steps_per_block
 
     def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
@@ -38,7 +38,7 @@ def even(geo: Geometry, **_: object) -> Schedule:
 
 
 def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
-    """Dream's: times fall evenly from 1 to `eps`, and a step from t to s commits a share 1 - s/t of the masks.
+    """Dream's: times fall evenly from 1 to `eps`; a step from t to s commits 1 - s/t of the masks.
 
     The product is truncated to an integer, so early steps may commit nothing; the last takes all.
     """

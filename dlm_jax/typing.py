@@ -20,8 +20,8 @@ Every shape in the project is spelled with these letters, in names (`tokens_BL`)
 | V | vocabulary |
 | T | model forwards of one generation |
 
-The layer axis is always spelled out as `layers`. Annotations are documentation in production and are
-checked in the tests only.
+The layer axis is always spelled out as `layers`. Annotations are documentation in production and
+are checked in the tests only.
 """
 
 from typing import Any

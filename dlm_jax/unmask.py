@@ -13,7 +13,9 @@ def top(
     All eligible positions if there are fewer than `quota`; never one that is not eligible.
     """
     order_L = jnp.argsort(jnp.where(eligible_L, -confidence_L, jnp.inf), stable=True)
-    rank_L = jnp.zeros_like(order_L).at[order_L].set(
-        jnp.arange(order_L.shape[0], dtype=order_L.dtype), unique_indices=True
+    rank_L = (
+        jnp.zeros_like(order_L)
+        .at[order_L]
+        .set(jnp.arange(order_L.shape[0], dtype=order_L.dtype), unique_indices=True)
     )
     return eligible_L & (rank_L < quota)

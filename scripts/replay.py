@@ -3,10 +3,11 @@
     python scripts/replay.py --checkpoints tests/golden/checkpoints tests/golden/cases
     python scripts/replay.py --checkpoints DIR CASE.json DIR ...
 
-A case holds a prompt, the arguments in the original's own vocabulary, and what the original did: final
-tokens, the canvas after every model forward, and the positions it computed in every forward. This script
-translates the arguments (`translate`, the only place that knows those vocabularies), runs the public
-`dlm_jax.diffusion_generate` in float32, and prints per case `pass`, or where the first difference is.
+A case holds a prompt, the arguments in the original's own vocabulary, and what the original did:
+final tokens, the canvas after every model forward, and the positions it computed in every forward.
+This script translates the arguments (`translate`, the only place that knows those vocabularies),
+runs the public `dlm_jax.diffusion_generate` in float32, and prints per case `pass`, or where the
+first difference is.
 
 Exit code 0 only if every case passed; 1 if one failed or is not supported yet; 2 on bad input.
 """
@@ -56,7 +57,10 @@ def main(argv: list[str] | None = None) -> int:
         for path in paths:
             outcome, detail = replay(_read(path), args.checkpoints)
             counts[outcome] += 1
-            print(f"{path.stem}: {'pass' if outcome == 'passed' else f'{outcome}: {detail}'}", flush=True)
+            print(
+                f"{path.stem}: {'pass' if outcome == 'passed' else f'{outcome}: {detail}'}",
+                flush=True,
+            )
     except (OSError, ValueError) as error:
         print(f"replay: {error}", file=sys.stderr)
         return 2
@@ -88,7 +92,7 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
     return ("failed", difference) if difference else ("passed", "")
 
 
-# --- Translation -------------------------------------------------------------------------------------
+# --- Translation ---------------------------------------------------------------------------------
 
 
 def translate(case: dict[str, Any]) -> Run:
@@ -204,7 +208,7 @@ def _only(args: dict[str, Any], name: str, values: tuple[Any, ...]) -> None:
         raise Unsupported(f"{name}={args[name]}")
 
 
-# --- Comparison --------------------------------------------------------------------------------------
+# --- Comparison ----------------------------------------------------------------------------------
 
 
 def compare(case: dict[str, Any], out: dlm_jax.GenerateOutput) -> str:
@@ -263,7 +267,7 @@ def _computed_difference(
     return ""
 
 
-# --- Files -------------------------------------------------------------------------------------------
+# --- Files ---------------------------------------------------------------------------------------
 
 
 def _case_files(paths: list[Path]) -> Iterator[Path]:

@@ -1,7 +1,7 @@
 """What every cache method must keep, run over the method table.
 
-Two methods that exist only here exercise the parts of the protocol that the shipped ones do not: K/V
-buffers, several step shapes, memory.
+Two methods that exist only here exercise the parts of the protocol that the shipped ones do not:
+K/V buffers, several step shapes, memory.
 """
 
 import dataclasses
@@ -79,7 +79,10 @@ def test_always_refreshing_equals_no_cache(family):
 
 
 def test_rows_alone_and_in_a_batch(method):
-    prompt, mask = prompts(2, 6, seed=2), np.array([[False, False, True, True, True, True], [True] * 6])
+    prompt, mask = (
+        prompts(2, 6, seed=2),
+        np.array([[False, False, True, True, True, True], [True] * 6]),
+    )
     keys = jax.random.split(KEY, 2)
     together = generate("dream", prompt, mask, cache=method, key=keys)
     alone = generate("dream", prompt[:1, 2:], cache=method, key=keys[:1])
@@ -124,7 +127,7 @@ def test_a_cached_step_writes_only_what_it_computes():
     prompt = prompts(2, 5)
     args = decode_lib._prepare(params, model, prompt, None, KEY, DECODE, EveryOther())
     setup, tokens_BL = decode_lib._setup(*args)
-    state = decode_lib._begin(setup, tokens_BL)
+    state = decode_lib.begin(setup, tokens_BL)
     variants = EveryOther().variants(setup.geo)
     for expected in (1, 0, 1, 0):
         before = state

@@ -29,7 +29,9 @@ SETTINGS = {
     ),
     "llada, sampled": (
         "llada",
-        dict(gen_length=8, block_length=4, alg="maskgit_plus", temperature=1.0, top_p=0.9, top_k=20),
+        dict(
+            gen_length=8, block_length=4, alg="maskgit_plus", temperature=1.0, top_p=0.9, top_k=20
+        ),
     ),
 }
 
@@ -60,7 +62,9 @@ def test_fills_everything_and_never_changes_the_prompt(setting):
 
 
 def test_blocks_are_filled_from_left_to_right():
-    out = generate(small("dream"), prompts(2, 3), decode=DecodeConfig(gen_length=12, block_length=4))
+    out = generate(
+        small("dream"), prompts(2, 3), decode=DecodeConfig(gen_length=12, block_length=4)
+    )
     blocks = out.committed_at[:, 3:].reshape(2, 3, 4)
     assert (blocks.max(axis=-1)[:, :-1] < blocks.min(axis=-1)[:, 1:]).all()
 
@@ -197,7 +201,10 @@ def test_infill_fills_masks_in_the_prompt_and_keeps_the_rest(setting):
     np.testing.assert_array_equal(out.tokens[:, :6][~holes], prompt[~holes])
     for row in range(3):
         alone = generate(
-            small_model, prompt[row : row + 1], decode=decode, key=jax.random.fold_in(KEY, row)[None]
+            small_model,
+            prompt[row : row + 1],
+            decode=decode,
+            key=jax.random.fold_in(KEY, row)[None],
         )
         np.testing.assert_array_equal(out.tokens[row], alone.tokens[0])
 
@@ -229,7 +236,9 @@ def test_the_mask_token_is_never_committed_though_the_model_prefers_it():
     assert (out.tokens != model.config.mask_id).all()
     # Confidences keep the mask token's share of the probability.
     assert (out.confidence[0, 4:] < 1 / model.config.vocab_size).all()
-    out = generate(biased, prompts(1, 4), decode=DecodeConfig(gen_length=4, steps=4, ban_mask=False))
+    out = generate(
+        biased, prompts(1, 4), decode=DecodeConfig(gen_length=4, steps=4, ban_mask=False)
+    )
     assert (out.tokens[:, 4:] == model.config.mask_id).all() and out.nfe == 4
 
 
@@ -273,7 +282,9 @@ def test_sampled_tokens_follow_the_softmax():
     leave_early=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_every_configuration_ends_and_leaves_no_mask(blocks, block, factor, schedule, leave_early, seed):
+def test_every_configuration_ends_and_leaves_no_mask(
+    blocks, block, factor, schedule, leave_early, seed
+):
     steps = None if schedule == "fixed" else blocks * factor
     decode = DecodeConfig(
         gen_length=blocks * block,

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from dlm_jax import sampler
 
 VOCAB = 7
-LOGITS = np.log([[0.05, 0.4, 0.1, 0.3, 0.05, 0.08, 0.02], [0.01, 0.02, 0.02, 0.05, 0.11, 0.09, 0.7]])
+LOGITS = np.log(
+    [[0.05, 0.4, 0.1, 0.3, 0.05, 0.08, 0.02], [0.01, 0.02, 0.02, 0.05, 0.11, 0.09, 0.7]]
+)
 
 
 def sample(alg, logits=LOGITS, *, banned=None, temperature=None, top_p=None, top_k=None, seed=0):

@@ -1,4 +1,4 @@
-"""How many tokens a step commits, against hand-made tables and the originals' published behaviour."""
+"""How many tokens a step commits, against hand-made tables and what the originals commit."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -62,7 +62,9 @@ class TestTop:
         chosen = unmask.top(
             jnp.asarray(confidence, jnp.float32), jnp.asarray(eligible), jnp.int32(quota)
         )
-        assert np.flatnonzero(chosen).tolist() == sorted(int(position) for position in ranked[:quota])
+        assert np.flatnonzero(chosen).tolist() == sorted(
+            int(position) for position in ranked[:quota]
+        )
 
     def test_unread_positions_are_never_taken(self):
         chosen = unmask.top(
@@ -84,7 +86,9 @@ class TestLayers:
         q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
         def score(at_q, at_k):
-            return jnp.sum(rotate(q, jnp.asarray([[at_q]]), 1e4) * rotate(k, jnp.asarray([[at_k]]), 1e4))
+            return jnp.sum(
+                rotate(q, jnp.asarray([[at_q]]), 1e4) * rotate(k, jnp.asarray([[at_k]]), 1e4)
+            )
 
         np.testing.assert_allclose(score(3, 7), score(103, 107), rtol=1e-4)
         assert abs(score(3, 7) - score(3, 9)) > 1e-3

@@ -2,8 +2,8 @@
 
 Slots are absolute positions. A step recomputes a set of positions, writes their K/V into buffers of
 full length, and attends over all of them. A method is therefore a policy over sets of positions: a
-frozen dataclass of pure functions over its own pytree, the memory. Functions over a `Row` see one row
-and are vmapped by the loop, so that rows cannot leak into one another.
+frozen dataclass of pure functions over its own pytree, the memory. Functions over a `Row` see one
+row and are vmapped by the loop, so that rows cannot leak into one another.
 """
 
 import dataclasses
@@ -102,7 +102,7 @@ class CacheMethod:
         return ()
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
-        """Positions of one row that enter the network now; padding and finished rows are left out later."""
+        """Positions of one row that enter the network now; the loop leaves out padding."""
         raise NotImplementedError
 
     def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
@@ -118,7 +118,9 @@ class CacheMethod:
         capacities = jnp.asarray([variant.capacity for variant in self.variants(geo)], jnp.int32)
         return jnp.sum(jnp.max(counts_B) > capacities, dtype=jnp.int32)
 
-    def init_cache(self, config: Config, geo: Geometry, batch: int, dtype: Any) -> tuple[PyTree, ...]:
+    def init_cache(
+        self, config: Config, geo: Geometry, batch: int, dtype: Any
+    ) -> tuple[PyTree, ...]:
         """One pytree per layer, for the whole batch."""
         shape = (batch, geo.length, config.num_kv_heads, config.head_dim)
         return tuple(

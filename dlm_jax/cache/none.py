@@ -19,7 +19,9 @@ class NoCache(CacheMethod):
         del memory, geo
         return row.valid_L
 
-    def init_cache(self, config: Config, geo: Geometry, batch: int, dtype: Any) -> tuple[PyTree, ...]:
+    def init_cache(
+        self, config: Config, geo: Geometry, batch: int, dtype: Any
+    ) -> tuple[PyTree, ...]:
         del geo, batch, dtype
         return ((),) * config.num_layers
 

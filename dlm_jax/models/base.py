@@ -4,17 +4,16 @@ A family (`llada.py`, `dream.py`) only makes a `Config` and names its weights; t
 this one: pre-RMSNorm, rotary positions, grouped-query attention with optional q/k/v biases, SwiGLU,
 untied or tied head, no attention mask but padding.
 
-The network knows no cache. `Transformer.walk` hands each `Block` to a *layer function*, which decides
-which positions flow through which of the block's operations and what is kept (`dlm_jax/cache/`).
-Arithmetic runs in the dtype of the parameters, with softmax, norms, rotary positions and logits in
-float32.
+The network knows no cache. `Transformer.walk` hands each `Block` to a *layer function*, which
+decides which positions flow through which of the block's operations and what is kept
+(`dlm_jax/cache/`). Arithmetic runs in the dtype of the parameters, with softmax, norms, rotary
+positions and logits in float32.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
@@ -86,9 +85,9 @@ class Config:
 class Block(nn.Module):
     """One transformer block, as operations that a layer function composes.
 
-    Hidden states `x` are `[B, Q, D]`. `norm` feeds `query`, `key` and `value`; `attend` ends with the
-    output projection and `ffn` starts with its own norm, so that both return what is added to the
-    residual stream.
+    Hidden states `x` are `[B, Q, D]`. `norm` feeds `query`, `key` and `value`; `attend` ends with
+    the output projection and `ffn` starts with its own norm, so that both return what is added to
+    the residual stream.
     """
 
     config: Config
@@ -128,7 +127,9 @@ class Block(nn.Module):
         return self.down(nn.silu(self.gate(normed)) * self.up(normed))
 
 
-LayerFn = Callable[[Block, tuple[Array, PyTree], PyTree, Queries], tuple[tuple[Array, PyTree], PyTree]]
+LayerFn = Callable[
+    [Block, tuple[Array, PyTree], PyTree, Queries], tuple[tuple[Array, PyTree], PyTree]
+]
 """`(block, (hidden_BQD, acc), layer_cache, queries) -> ((hidden_BQD, acc), layer_cache)`.
 
 `acc` is whatever a cache method accumulates over layers; `()` for most.
@@ -153,7 +154,8 @@ def plain_layer(
 class Transformer(nn.Module):
     """A bidirectional transformer; hashable, so that it is a static argument of jitted functions.
 
-    `param_dtype` only matters for `init`: a forward runs in the dtype of the parameters it is given.
+    `param_dtype` only matters for `init`: a forward runs in the dtype of the parameters it is
+    given.
     """
 
     config: Config
@@ -193,7 +195,9 @@ class Transformer(nn.Module):
         new_cache = list(cache)
         for low, high, layer in layers:
             for i in range(low, high):
-                (hidden, acc), new_cache[i] = layer(self.blocks[i], (hidden, acc), cache[i], queries)
+                (hidden, acc), new_cache[i] = layer(
+                    self.blocks[i], (hidden, acc), cache[i], queries
+                )
         return self.final_norm(hidden), tuple(new_cache), acc
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -76,7 +76,8 @@ def from_hf(raw: dict[str, Any]) -> Config:
     width, heads = read(raw, "hidden_size"), read(raw, "num_attention_heads")
     if width % heads:
         raise ValueError(
-            f"config.json: hidden_size is {width}; it must be a multiple of num_attention_heads, {heads}."
+            f"config.json: hidden_size is {width}; it must be a multiple of num_attention_heads, "
+            f"{heads}."
         )
     return Config(
         family=NAME,

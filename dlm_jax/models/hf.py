@@ -1,8 +1,8 @@
 """Between Hugging Face and this library: configuration checks, and one parameter at a time.
 
-PyTorch keeps a linear map as a matrix `[out, in]`; here kernels are `[in, out]` with heads as axes of
-their own. Both directions are a transpose and a reshape, one tensor at a time, so that a converter
-never holds more than that.
+PyTorch keeps a linear map as a matrix `[out, in]`; here kernels are `[in, out]` with heads as axes
+of their own. Both directions are a transpose and a reshape, one tensor at a time, so that a
+converter never holds more than that.
 """
 
 from typing import Any
@@ -37,13 +37,15 @@ def expect(raw: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
         if name in raw and raw[name] not in values:
             wanted = " or ".join(repr(value) for value in values)
             raise ValueError(
-                f"config.json: {name} is {raw[name]!r}, which is not implemented; it must be {wanted}."
+                f"config.json: {name} is {raw[name]!r}, which is not implemented; it must be "
+                f"{wanted}."
             )
     scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind != "default":
         raise ValueError(
-            f"config.json: rope scaling of type {kind!r} is not implemented; rope_scaling must be null."
+            f"config.json: rope scaling of type {kind!r} is not implemented; rope_scaling must be "
+            "null."
         )
 
 

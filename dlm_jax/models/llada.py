@@ -98,7 +98,9 @@ def from_hf(raw: dict[str, Any]) -> Config:
     expect(raw, _SUPPORTED)
     width, heads = read(raw, "d_model"), read(raw, "n_heads")
     if width % heads:
-        raise ValueError(f"config.json: d_model is {width}; it must be a multiple of n_heads, {heads}.")
+        raise ValueError(
+            f"config.json: d_model is {width}; it must be a multiple of n_heads, {heads}."
+        )
     return Config(
         family=NAME,
         # The embedding may have more rows than there are tokens (padding for speed).
