@@ -1,1 +1,52 @@
-"""Diffusion language models in JAX."""
+"""Masked diffusion language models in JAX and Flax. Names are imported when first used."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dlm_jax import cache, models
+    from dlm_jax.checkpoint import Checkpoint, load
+    from dlm_jax.config import DecodeConfig
+    from dlm_jax.decode import Frame, GenerateOutput, diffusion_generate, diffusion_stream
+    from dlm_jax.models import Config, Transformer
+
+__all__ = [
+    "Checkpoint",
+    "Config",
+    "DecodeConfig",
+    "Frame",
+    "GenerateOutput",
+    "Transformer",
+    "cache",
+    "diffusion_generate",
+    "diffusion_stream",
+    "load",
+    "models",
+]
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Checkpoint": "checkpoint",
+    "Config": "models",
+    "DecodeConfig": "config",
+    "Frame": "decode",
+    "GenerateOutput": "decode",
+    "Transformer": "models",
+    "diffusion_generate": "decode",
+    "diffusion_stream": "decode",
+    "load": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    value = getattr(module, name) if name in _MODULES else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,8 +4,9 @@ A new family is one module with `NAME`, `PRESETS`, `DECODE`, `WEIGHTS`, `from_hf
 one line in `FAMILIES`.
 """
 
-import math
-from types import ModuleType
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import jax
@@ -60,11 +61,12 @@ def config_to_hf(config: Config) -> dict[str, Any]:
     return FAMILIES[config.family].to_hf(config)
 
 
-def param_shapes(config: Config, dtype: Any = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Parameter path (`blocks_0/q/kernel`) -> shape and dtype, without making any array."""
-    model = Transformer(config, dtype)
+@functools.cache
+def param_shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
+    """Parameter path (`blocks_0/q/kernel`) -> shape, without making any array."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
+    return MappingProxyType({path: leaf.shape for path, leaf in flatten(shapes).items()})
 
 
 def weight_names(config: Config) -> dict[str, str]:
@@ -103,8 +105,3 @@ def unflatten(flat: dict[str, Any]) -> Params:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def num_params(config: Config) -> int:
-    """Number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in param_shapes(config).values())

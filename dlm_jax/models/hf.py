@@ -63,26 +63,17 @@ def read(raw: dict[str, Any], name: str) -> Any:
     return value
 
 
-def to_param(path: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A checkpoint tensor as the parameter at `path`, whose shape is `shape`.
-
-    Raises:
-      ValueError: the tensor's shape does not fit; both shapes are named.
-    """
-    wanted = torch_shape(path, shape)
-    if tuple(tensor.shape) != wanted:
-        raise ValueError(f"has shape {list(tensor.shape)}, but {list(wanted)} was expected")
-    return (tensor.T if path.endswith("/kernel") else tensor).reshape(shape)
-
-
 def as_tensor(path: str, array: np.ndarray) -> np.ndarray:
-    """The parameter at `path` laid out like its checkpoint tensor; a view if it is contiguous."""
+    """The parameter at `path` laid out like its checkpoint tensor; a view if it is contiguous.
+
+    Writing a tensor into that view makes the parameter, without a second copy.
+    """
     shape = torch_shape(path, array.shape)
     return array.reshape(shape[::-1]).T if path.endswith("/kernel") else array.reshape(shape)
 
 
 def from_param(path: str, array: np.ndarray | Array) -> np.ndarray:
-    """The inverse of `to_param`."""
+    """The parameter at `path` as a contiguous checkpoint tensor."""
     return np.ascontiguousarray(as_tensor(path, np.asarray(array)))
 
 

@@ -1,0 +1,162 @@
+"""Between text and token ids: the first and the last step, outside the decoding loop.
+
+    text -encode-> rows of ids -pad-> ids_BP, mask_BP -> [decoding] -> ids -decode-> text
+
+Tokenizers are read from a directory with Hugging Face's `transformers`, which is imported only when
+the first one is opened. No code of a checkpoint is run and nothing is fetched.
+"""
+
+import itertools
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+BUCKET = 32
+"""Prompt slots come in multiples of this: prompts of like length share a compiled program."""
+
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+"""All files that a tokenizer may consist of; a checkpoint is copied together with them."""
+
+Tokenizer = Any
+"""A `transformers` tokenizer. Its class is not named, so that nothing imports it early."""
+Ids = Iterable[SupportsIndex]
+"""Token ids: a list, or a NumPy or JAX array."""
+
+
+def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
+    """Opens the tokenizer in a checkpoint directory.
+
+    `tokenizer.json` (LLaDA) is taken as it is. `vocab.json` with `merges.txt` (Dream, which names a
+    class of its own that copies Qwen2's) is read as Qwen2's byte-level BPE. Added and special
+    tokens and the chat template come from the other files in either case.
+
+    Returns:
+      The tokenizer, or None if the directory holds none.
+
+    Raises:
+      ValueError: there are tokenizer files, but none that can be read.
+    """
+    directory = pathlib.Path(directory)
+    if (directory / "tokenizer.json").is_file():
+        name = "PreTrainedTokenizerFast"
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        name = "Qwen2TokenizerFast"
+    elif any((directory / name).is_file() for name in FILES):
+        raise ValueError(
+            f"{directory} has tokenizer files, but neither tokenizer.json nor vocab.json with "
+            "merges.txt; one of them is needed."
+        )
+    else:
+        return None
+    try:
+        return getattr(_transformers(), name).from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # whatever the parsers raise on a damaged file
+        raise ValueError(f"The tokenizer in {directory} cannot be read: {error}") from error
+
+
+def has_chat_template(tokenizer: Tokenizer | None) -> bool:
+    """Whether prompts can be put as a conversation."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode(tokenizer: Tokenizer, prompts: Sequence[str], *, chat: bool) -> list[list[int]]:
+    """Token ids of each prompt: as one user message each if `chat`, otherwise as plain text."""
+    if chat:
+        return [encode_chat(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    return [tokenizer(text, verbose=False)["input_ids"] for text in prompts]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, up to where the assistant's next answer begins.
+
+    Args:
+      messages: `{"role": "user" | "assistant" | "system", "content": text}`, oldest first.
+    """
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    # The template writes the special tokens itself.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, bucket: int = BUCKET, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Left-pads rows of token ids to a common length, a multiple of `bucket`.
+
+    Padding is invisible to the model, so the bucket changes no token; it only makes prompts of
+    similar length share one compiled program.
+
+    Args:
+      rows: token ids.
+      pad_id: id at the padding.
+      bucket: the common length is the smallest multiple of it that holds the longest row.
+      limit: padding stops here (a row may still be longer), so that prompt and answer together stay
+        within the model's context.
+
+    Returns:
+      `ids_BP` (int32) and `mask_BP` (bool), which is true at the rows' own tokens.
+    """
+    longest = max(len(row) for row in rows)
+    slots = max(1, -(-longest // bucket)) * bucket
+    if limit is not None:
+        slots = max(longest, min(slots, limit))
+    ids_BP = np.full((len(rows), slots), pad_id, np.int32)
+    mask_BP = np.zeros((len(rows), slots), bool)
+    for i, row in enumerate(rows):
+        ids_BP[i, slots - len(row) :] = row
+        mask_BP[i, slots - len(row) :] = True
+    return ids_BP, mask_BP
+
+
+def until_eos(ids: Ids, eos_id: int) -> list[int]:
+    """The ids before the first `eos_id`."""
+    return list(itertools.takewhile(lambda token: token != eos_id, map(int, ids)))
+
+
+def decode(tokenizer: Tokenizer, ids: Ids, eos_id: int | None = None) -> str:
+    """Text of token ids, up to the first `eos_id` if given, without special tokens."""
+    ids = [int(token) for token in ids] if eos_id is None else until_eos(ids, eos_id)
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pieces(tokenizer: Tokenizer, ids: Ids) -> list[str]:
+    """The text that each token adds; a character made of several tokens belongs to the last."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for i in ids:
+        pending.append(int(i))
+        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        broken = text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 4  # UTF-8 bytes
+        texts.append("" if broken else text)
+        if not broken:
+            pending = []
+    if pending:
+        texts[-1] = text
+    return texts
+
+
+def _transformers() -> ModuleType:
+    """Imports `transformers` without its advice to install PyTorch, which is not needed."""
+    switch = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    if "transformers" in sys.modules or switch in os.environ:
+        import transformers
+
+        return transformers
+    os.environ[switch] = "1"
+    try:
+        import transformers
+    finally:
+        del os.environ[switch]
+    return transformers
