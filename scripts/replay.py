@@ -216,6 +216,9 @@ def compare(case: dict[str, Any], out: dlm_jax.GenerateOutput) -> str:
     expected = case["expected"]
     if int(out.nfe) != expected["nfe"]:
         return f"{int(out.nfe)} model forwards, recorded {expected['nfe']}"
+    for name in ("history", "computed"):
+        if len(expected[name]) != expected["nfe"]:
+            return f"{len(expected[name])} entries of {name} for {expected['nfe']} model forwards"
     for step, (canvas, computed) in enumerate(
         zip(expected["history"], expected["computed"], strict=True)
     ):
@@ -247,8 +250,10 @@ def _computed_difference(
     case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int, recorded: list | None
 ) -> str:
     """Compares the computed sets of one forward, for rows that still have something to fill."""
-    length = out.tokens.shape[1]
+    rows, length = out.tokens.shape
     mask = case["prompt_mask"]
+    if recorded is not None and len(recorded) != rows:
+        return f"computed sets of {len(recorded)} rows for {rows}"
     for row, ours in enumerate(out.computed[step]):
         if not ours.any():
             # A row that is done with its block: some originals go on feeding it, some do not.

@@ -7,6 +7,7 @@ K/V buffers, several step shapes, memory.
 import dataclasses
 from typing import ClassVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,7 +100,7 @@ def test_drivers_agree(method):
     one = decode_lib._generate(*args, record=("computed",), driver="while")
     if len(method.variants(DECODE.geometry(prompt=5, shift=1))) == 1:
         other = decode_lib._generate(*args, record=("computed",), driver="scan")
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        chex.assert_trees_all_equal(one, other)
     frames = list(diffusion_stream(params, model, prompt, key=KEY, decode=DECODE, cache=method))
     assert len(frames) == one.nfe
     np.testing.assert_array_equal(frames[-1].tokens, one.tokens)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_drivers_agree(setting):
         decode_lib._generate(*args, record=("computed", "history"), driver=driver)
         for driver in ("scan", "while")
     ]
-    jax.tree.map(np.testing.assert_array_equal, *results)
+    chex.assert_trees_all_equal(*results)
     frames = list(diffusion_stream(params, model, prompt, mask, key=KEY, decode=config))
     assert [frame.step for frame in frames] == list(range(int(results[0].nfe)))
     for frame, canvas in zip(frames, results[0].history, strict=True):

@@ -124,6 +124,12 @@ class TestReplayRejects:
         case["expected"]["computed"] = [[list(range(1, length))]]
         self.check(case, "step 0, row 0, position 0: computed")
 
+    def test_missing_entries(self, case):
+        case["expected"]["computed"] = [[None, None]]
+        self.check(case, "step 0, computed sets of 2 rows for 1")
+        case["expected"]["history"] = []
+        self.check(case, "0 entries of history for 1 model forwards")
+
     def test_the_number_of_forwards(self, case):
         case["expected"]["nfe"] = 2
         self.check(case, "1 model forwards, recorded 2")
