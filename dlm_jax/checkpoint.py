@@ -76,13 +76,22 @@ def load(path_or_name: str | Path, *, dtype: Any = None, shardings: PyTree = Non
         is wrong. Either error is one sentence.
     """
     directory, dtype = find(path_or_name), as_dtype(dtype)
-    stored = Converted.open(directory) if is_converted(directory) else Source.open(directory)
+    stored = inspect(directory)
     by_path = _shardings_by_path(shardings, stored.shapes)
     tokenizer = open_tokenizer(directory)
     flat: dict[str, Array] = {}
     for paths in parts(stored.shapes).values():
         flat |= stored.place(paths, dtype, by_path)
     return Checkpoint(stored.config, models.unflatten(flat), tokenizer)
+
+
+def inspect(directory: Path) -> "Source | Converted":
+    """Opens a directory of either layout: configuration and headers, but no weights.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`.
+    """
+    return Converted.open(directory) if is_converted(directory) else Source.open(directory)
 
 
 def embedded() -> list[str]:
@@ -177,7 +186,7 @@ class Source:
         return param
 
     def place(
-        self, paths: list[str], dtype: np.dtype | None, shardings: dict[str, Any]
+        self, paths: list[str], dtype: np.dtype | None, shardings: Mapping[str, Any]
     ) -> dict[str, Array]:
         """Reads some parameters onto their devices, one at a time."""
         return {path: _put(self.read(path, dtype), shardings[path]) for path in paths}
@@ -242,7 +251,7 @@ class Converted:
         return cls(directory, config, shapes, entries)
 
     def place(
-        self, paths: list[str], dtype: np.dtype | None, shardings: dict[str, Any]
+        self, paths: list[str], dtype: np.dtype | None, shardings: Mapping[str, Any]
     ) -> dict[str, Array]:
         """Restores one part onto its devices; no sharding means the default device."""
         restored = self.restore(paths, dtype, shardings)
@@ -255,7 +264,7 @@ class Converted:
         self,
         paths: list[str],
         dtype: np.dtype | None = None,
-        shardings: dict[str, Any] | None = None,
+        shardings: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Reads one part, as sharded arrays where there is a sharding and in numpy elsewhere.
 
@@ -364,8 +373,9 @@ def _check(
 
 def _shardings_by_path(
     shardings: PyTree, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, jax.sharding.Sharding | None]:
+) -> Mapping[str, Any]:
     """Parameter path -> sharding, from all forms that `load` takes."""
+    by_path: Mapping[str, Any]
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         by_path = dict.fromkeys(shapes, shardings)
     elif callable(shardings):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dlm_jax import history
 from dlm_jax.cache.base import CacheMethod, Variant
@@ -147,7 +148,7 @@ def _prepare(
             f"Prompt and answer have {prompt} + {geo.gen} tokens; the model's context ends at "
             f"{config.max_length}."
         )
-    if not isinstance(prompt_BP, jax.core.Tracer):
+    if not isinstance(prompt_BP, Tracer):
         prompt_BP = np.asarray(prompt_BP)
         if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
             raise ValueError(

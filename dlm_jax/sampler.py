@@ -110,8 +110,8 @@ def keep(
     order = jnp.sort(logits, axis=-1, descending=True)
     count_BW = jnp.full(logits.shape[:-1], logits.shape[-1], jnp.int32)
     if top_p is not None:
-        p = jax.nn.softmax(order, axis=-1)
-        before = jnp.cumsum(p, axis=-1) - p
+        total = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1)
+        before = jnp.pad(total[..., :-1], ((0, 0), (0, 0), (1, 0)))
         count_BW = jnp.sum(
             before <= jnp.broadcast_to(top_p, before.shape), axis=-1, dtype=jnp.int32
         )

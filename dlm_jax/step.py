@@ -11,7 +11,7 @@ whatever evolves in `DecodeState`. The drivers that repeat it are in `decode.py`
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from dlm_jax.schedule import SCHEDULES, Schedule
 from dlm_jax.typing import Array, Bool, Float, Int, Key, Params, PyTree
 
 
-def _static() -> dataclasses.Field:
+def _static() -> Any:
     return dataclasses.field(metadata=dict(static=True))
 
 
@@ -147,7 +147,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
 
     # Network: only the selected positions.
     query = queries.pack(state.selected_BL, setup.valid_BL, variant.capacity)
-    hidden_BQD, cache, acc = model.apply(
+    walked: Any = model.apply(
         {"params": setup.params},
         queries.gather(state.tokens_BL, query.index_BQ),
         query,
@@ -156,6 +156,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
         setup.method.layers(variant, config),
         method="walk",
     )
+    hidden_BQD, cache, acc = walked
 
     # Candidates: only at masks that may be filled and whose output was computed.
     slot_BL = jnp.broadcast_to(jnp.arange(geo.length, dtype=jnp.int32), state.tokens_BL.shape)

@@ -12,6 +12,7 @@ positions and logits in float32.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -271,4 +272,5 @@ def readout(
     source_BW = source_slot(slot_BW, queries.valid_BL, model.config.shift)
     query_BL = queries_lib.unpack_index(queries.index_BQ, length)
     hidden_BWD = queries_lib.gather(hidden_BQD, queries_lib.gather(query_BL, source_BW))
-    return model.apply({"params": params}, hidden_BWD, method="unembed")
+    logits: Any = model.apply({"params": params}, hidden_BWD, method="unembed")
+    return logits

@@ -12,7 +12,7 @@ from dlm_jax.models.hf import expect, read
 NAME = "dream"
 """Key of this family, and `model_type` in its config.json (there spelled `Dream`)."""
 
-_7B = dict(
+_7B: dict[str, Any] = dict(
     family=NAME,
     vocab_size=152064,
     width=3584,

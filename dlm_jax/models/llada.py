@@ -1,5 +1,6 @@
 """LLaDA (arXiv 2502.09992): presets, its Hugging Face configuration and its weight names."""
 
+import dataclasses
 from typing import Any
 
 from dlm_jax.models.base import Config
@@ -8,7 +9,7 @@ from dlm_jax.models.hf import expect, read
 NAME = "llada"
 """Key of this family, and `model_type` in its config.json."""
 
-_8B = dict(
+_8B: dict[str, Any] = dict(
     family=NAME,
     vocab_size=126464,
     width=4096,
@@ -33,20 +34,18 @@ PRESETS: dict[str, Config] = {
     "llada-8b-instruct": Config(**_8B),
     "llada-1.5": Config(**_8B),
     # Not a published model: small enough for a CPU, large enough that a cache matters.
-    "bench-60m": Config(
-        **_8B
-        | dict(
-            vocab_size=32000,
-            width=512,
-            mlp_width=1536,
-            num_layers=8,
-            num_heads=8,
-            num_kv_heads=8,
-            head_dim=64,
-            mask_id=31999,
-            eos_id=31998,
-            pad_id=31998,
-        )
+    "bench-60m": dataclasses.replace(
+        Config(**_8B),
+        vocab_size=32000,
+        width=512,
+        mlp_width=1536,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=64,
+        mask_id=31999,
+        eos_id=31998,
+        pad_id=31998,
     ),
 }
 

@@ -1,0 +1,66 @@
+"""A conversation in the terminal: `python -m dlm_jax.generate --interactive`."""
+
+import sys
+from collections.abc import Callable
+
+from dlm_jax.engine import PromptError
+
+Message = dict[str, str]
+"""`{"role": "user" | "assistant", "content": text}`, as chat templates take it."""
+
+
+def converse(
+    reply: Callable[[list[Message], int], str], note: Callable[[str], None], *, remembers: bool
+) -> None:
+    """Reads messages from standard input and prints the replies, until either side ends it.
+
+    A message that gets no reply, because the conversation outgrew the model's context or the user
+    interrupted, is taken back.
+
+    Args:
+      reply: messages so far and number of the turn -> the next message.
+      note: tells the user something about the conversation.
+      remembers: whether earlier messages are part of the prompt.
+    """
+    if remembers:
+        note("Type a message; /reset forgets the conversation, /quit or Ctrl-D ends it.")
+    else:
+        note("No chat template, so every line is a prompt of its own; /quit or Ctrl-D ends.")
+    messages: list[Message] = []
+    turn = 0
+    while (line := _read()) not in (None, "/quit"):
+        if line == "/reset":
+            messages = []
+            note("The conversation starts anew.")
+        elif line.startswith("/"):
+            note(f"{line.split()[0]} is no command; there are /reset and /quit.")
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                text = reply(asked, turn)
+            except PromptError as error:
+                note(f"{error} Or forget the conversation with /reset." if messages else str(error))
+                continue
+            except KeyboardInterrupt:
+                note("Interrupted.")
+                continue
+            print(text, flush=True)
+            turn += 1
+            if remembers:
+                messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def _read() -> str | None:
+    """The next line without blanks around it; None at the end of the input or on Ctrl-C."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    try:
+        if prompt and sys.stdout.isatty():
+            import readline  # noqa: F401 (gives `input` line editing)
+
+            return input(prompt).strip()
+        # `input` would write the prompt to standard output.
+        print(prompt, end="", file=sys.stderr, flush=True)
+        return input().strip()
+    except (EOFError, KeyboardInterrupt):
+        print(file=sys.stderr)
+        return None

@@ -1,0 +1,262 @@
+"""Rows of token ids in, answers out: decoding compiled once per batch shape, and timed.
+
+The layer between `diffusion_generate`, which wants rectangular arrays, and whoever has prompts of
+unequal length: the command, the conversation, an evaluation. Compilation is a step of its own, so
+that it can be announced and is never counted as decoding time.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dlm_jax import tokenizer as tokenizer_lib
+from dlm_jax.cache import CacheMethod
+from dlm_jax.checkpoint import Checkpoint
+from dlm_jax.config import DecodeConfig
+from dlm_jax.decode import Frame, diffusion_generate, diffusion_stream
+from dlm_jax.models import Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What became of one prompt.
+
+    Attributes:
+      ids: the generated token ids; with infilling the whole row, prompt included.
+      committed_at: model forward in which each of `ids` was committed; -1 if it was given.
+      text: `ids` up to the end of the answer as text; None without a tokenizer.
+      tokens: number of generated tokens up to the end of the answer.
+    """
+
+    ids: list[int]
+    committed_at: list[int]
+    text: str | None
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A finished batch.
+
+    Attributes:
+      answers: one per prompt.
+      frames: `[step][row]` the ids after every model forward, over the same positions as
+        `Answer.ids`; None unless asked for.
+      nfe: model forwards.
+      compile_seconds: time spent on tracing and compiling; 0 if the program was there already.
+      seconds: time spent on decoding.
+    """
+
+    answers: list[Answer]
+    frames: list[list[list[int]]] | None
+    nfe: int
+    compile_seconds: float
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(answer.tokens for answer in self.answers)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+class PromptError(ValueError):
+    """A prompt that the model cannot take; one sentence says why."""
+
+
+class Snapshot(NamedTuple):
+    """The canvas after one model forward: per row and position the id, when and how surely."""
+
+    step: int
+    ids: list[list[int]]
+    committed_at: list[list[int]]
+    confidence: list[list[float]]
+
+
+def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConfig) -> None:
+    """Refuses prompts that the model cannot take.
+
+    Raises:
+      PromptError: names the first row that is empty, too long, holds an id that is not in
+        the vocabulary, or a mask that nobody asked to fill.
+    """
+    for number, row in enumerate(rows, 1):
+        which = "The prompt" if len(rows) == 1 else f"Prompt {number}"
+        if not row:
+            raise PromptError(f"{which} is empty; it must hold at least one token.")
+        if min(row) < 0 or max(row) >= config.vocab_size:
+            wrong = min(row) if min(row) < 0 else max(row)
+            raise PromptError(
+                f"{which} holds token id {wrong}; ids must lie in 0 to {config.vocab_size - 1}."
+            )
+        if config.mask_id in row and not decode.infill:
+            raise PromptError(f"{which} holds the mask token, which only infilling replaces.")
+        if len(row) + decode.gen_length > config.max_length:
+            raise PromptError(
+                f"{which} has {len(row)} tokens, and {decode.gen_length} are to be generated, but "
+                f"the model's context ends at {config.max_length}; take a shorter prompt or a "
+                "smaller gen_length."
+            )
+
+
+class Engine:
+    """A model with its decoding settings, ready for batches of any shape.
+
+    Attributes:
+      checkpoint: model, parameters and tokenizer.
+      decode: decoding settings.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        decode: DecodeConfig,
+        cache: CacheMethod,
+        *,
+        history: bool = False,
+        progress: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          checkpoint: see the attributes.
+          decode: see the attributes.
+          cache: cache method.
+          history: whether results hold the frames.
+          progress: makes a context around a phase that takes its time, told the phase's name.
+        """
+        self.checkpoint = checkpoint
+        self.decode = decode
+        self._cache = cache
+        self._history = history
+        self._progress = progress
+        self._programs: dict[tuple[int, ...], Any] = {}
+
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        key: jax.Array,
+        draw: Callable[[Snapshot], None] | None = None,
+    ) -> Result:
+        """Answers all rows as one batch.
+
+        Args:
+          rows: token ids of the prompts, of any lengths.
+          key: PRNG key; used at temperature > 0 only.
+          draw: called after every model forward. The answers are the same with and without it, but
+            the forwards are then compiled calls of their own. The time spent in it does not count.
+
+        Raises:
+          PromptError: see `check_rows`.
+        """
+        config = self.checkpoint.config
+        check_rows(rows, config, self.decode)
+        limit = config.max_length - self.decode.gen_length
+        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=limit)
+        if draw is not None:
+            return self._stepwise(rows, ids_BP, mask_BP, key, draw)
+
+        start = time.perf_counter()
+        if ids_BP.shape not in self._programs:
+            with self._progress("compiling"):
+                traced = jax.jit(self._generate).lower(self.checkpoint.params, ids_BP, mask_BP, key)
+                self._programs[ids_BP.shape] = traced.compile()
+        compiled = time.perf_counter()
+        with self._progress("denoising"):
+            out = self._programs[ids_BP.shape](self.checkpoint.params, ids_BP, mask_BP, key)
+            out = jax.block_until_ready(out)
+        done = time.perf_counter()
+
+        nfe = int(out.nfe)
+        frames = None
+        if out.history is not None:
+            frames = [self._cut(canvas_BL, rows) for canvas_BL in np.asarray(out.history)[:nfe]]
+        ids, committed_at = self._cut(out.tokens, rows), self._cut(out.committed_at, rows)
+        return self._result(ids, committed_at, frames, nfe, compiled - start, done - compiled)
+
+    def _stepwise(
+        self,
+        rows: Sequence[Sequence[int]],
+        ids_BP: np.ndarray,
+        mask_BP: np.ndarray,
+        key: jax.Array,
+        draw: Callable[[Snapshot], None],
+    ) -> Result:
+        def stream() -> Iterator[Frame]:
+            return diffusion_stream(
+                self.checkpoint.params,
+                self.checkpoint.model,
+                ids_BP,
+                mask_BP,
+                key=key,
+                decode=self.decode,
+                cache=self._cache,
+            )
+
+        start = time.perf_counter()
+        with self._progress("compiling"):
+            next(stream())
+        compile_seconds = time.perf_counter() - start
+        snapshots = []
+        seconds = 0.0
+        start = time.perf_counter()
+        for frame in stream():
+            snapshots.append(Snapshot(frame.step, *(self._cut(array, rows) for array in frame[1:])))
+            seconds += time.perf_counter() - start
+            draw(snapshots[-1])
+            start = time.perf_counter()
+        last = snapshots[-1]
+        frames = [snapshot.ids for snapshot in snapshots] if self._history else None
+        return self._result(
+            last.ids, last.committed_at, frames, len(snapshots), compile_seconds, seconds
+        )
+
+    def _generate(self, params: Any, ids_BP: Any, mask_BP: Any, key: jax.Array) -> Any:
+        return diffusion_generate(
+            params,
+            self.checkpoint.model,
+            ids_BP,
+            mask_BP,
+            key=key,
+            decode=self.decode,
+            cache=self._cache,
+            record=("history",) if self._history else (),
+        )
+
+    def _cut(self, array_BL: Any, rows: Sequence[Sequence[int]]) -> list[list[Any]]:
+        """What is new in each row, as lists: what was generated, with infilling all but padding."""
+        array_BL = np.asarray(array_BL)
+        prompt = array_BL.shape[1] - self.decode.gen_length
+        shown = [len(row) if self.decode.infill else 0 for row in rows]
+        return [array_BL[i, prompt - count :].tolist() for i, count in enumerate(shown)]
+
+    def _result(
+        self,
+        ids: list[list[int]],
+        committed_at: list[list[int]],
+        frames: list[list[list[int]]] | None,
+        nfe: int,
+        compile_seconds: float,
+        seconds: float,
+    ) -> Result:
+        answers = [self._answer(*row) for row in zip(ids, committed_at, strict=True)]
+        return Result(answers, frames, nfe, compile_seconds, seconds)
+
+    def _answer(self, ids: list[int], committed_at: list[int]) -> Answer:
+        config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer
+        # An infilled row may hold ends of text that were given; nothing is cut there.
+        kept = ids if self.decode.infill else tokenizer_lib.until_eos(ids, config.eos_id)
+        return Answer(
+            ids=ids,
+            committed_at=committed_at,
+            text=None if tokenizer is None else tokenizer_lib.decode(tokenizer, kept),
+            tokens=sum(step >= 0 for step in committed_at[: len(kept)]),
+        )
