@@ -139,8 +139,8 @@ def test_a_cached_step_writes_only_what_it_computes():
         pairs = list(zip(jax.tree.leaves(before.cache), jax.tree.leaves(state.cache), strict=True))
         for old, new in pairs:
             np.testing.assert_array_equal(np.asarray(old)[kept_BL], np.asarray(new)[kept_BL])
-        # (The first layer's keys and values change only where a token does.)
-        assert all((np.asarray(old) != np.asarray(new)).any() for old, new in pairs[2:])
+        if expected == 1:  # a refresh sees the tokens committed since the last one
+            assert all((np.asarray(old) != np.asarray(new)).any() for old, new in pairs)
 
 
 def test_the_smallest_step_shape_that_holds_every_row_is_taken():
