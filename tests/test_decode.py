@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import prompts, small
+from conftest import ROOT, prompts, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -333,3 +336,41 @@ def test_frames_show_a_mask_until_the_commit():
         jnp.asarray([[5, 6, 7]]), jnp.asarray([[-1, 1, 0]]), mask_id=9, forwards=2
     )
     np.testing.assert_array_equal(frames[:, 0], [[5, 9, 7], [5, 6, 7]])
+
+
+SHARDED = """
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from conftest import ROOT, prompts, small
+from dlm_jax import DecodeConfig, diffusion_generate, models
+
+axes = dict(q=(None, "model"), k=(None, "model"), v=(None, "model"), o=("model",))
+axes |= dict(gate=(None, "model"), up=(None, "model"), down=("model",), head=(None, "model"))
+mesh = Mesh(np.array(jax.devices()), ("model",))
+model, params = small()
+flat = {
+    path: jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*axes.get(layer, ()))))
+    for path, leaf in models.flatten(params).items()
+    for layer in [path.split("/")[-2]]
+}
+assert not flat["blocks_0/q/kernel"].sharding.is_fully_replicated
+arguments = dict(key=jax.random.key(0), decode=DecodeConfig(gen_length=8, block_length=4))
+one, two = (
+    diffusion_generate(tree, model, prompts(2, 5), **arguments)
+    for tree in (params, models.unflatten(flat))
+)
+np.testing.assert_array_equal(one.tokens, two.tokens)
+np.testing.assert_allclose(one.confidence, two.confidence, atol=1e-5)
+print("equal on", len(two.tokens.sharding.device_set), "devices")
+"""
+
+
+def test_sharded_parameters_give_the_same_tokens():
+    flags = dict(
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), *sys.path]),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
+    )
+    assert done.stdout == "equal on 2 devices\n", done.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_recipe
 import train_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_tiny import Recipe
+from tiny_recipe import Recipe
 
 from dlm_jax import load
+from dlm_jax.checkpoint import embedded
 
 RECIPE = Recipe(
     width=32,
@@ -30,6 +33,8 @@ RECIPE = Recipe(
     batch=8,
     drill_rows=3,
     drill_from=10,
+    drill_until=20,
+    result_rows=3,
     steps=30,
     warmup=5,
     learning_rate=5e-3,
@@ -45,7 +50,7 @@ def _usual_promotion():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tiny.train_tokenizer(train_tiny.draw(0, "train", 3000), vocab_size=1024)
+    return tiny_recipe.train_tokenizer(tiny_recipe.draw(0, "train", 3000), vocab_size=1024)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +81,57 @@ def test_words_and_digits_are_single_tokens(tokenizer):
 
 
 def test_problems_fit_the_recipes(tokenizer):
-    drawn = train_tiny.draw(7, "train", 3000)
-    for recipe in train_tiny.RECIPES.values():
-        tokens, starts = train_tiny.encode_problems(tokenizer, drawn, recipe.length)
+    drawn = tiny_recipe.draw(7, "train", 3000)
+    for recipe in tiny_recipe.RECIPES.values():
+        tokens, starts = tiny_recipe.encode_problems(tokenizer, drawn, recipe.length)
         assert (starts + recipe.min_canvas <= recipe.length).all()
-        eos = tokenizer.token_to_id(train_tiny.EOS)
+        eos = tokenizer.token_to_id(tiny_recipe.EOS)
         assert (tokens[:, -1] == eos).all()  # there is room for the end of the answer
     with pytest.raises(ValueError, match="length is 20"):
-        train_tiny.encode_problems(tokenizer, drawn, 20)
+        tiny_recipe.encode_problems(tokenizer, drawn, 20)
+
+
+def first_batch(tokenizer, step: int) -> list[np.ndarray]:
+    drawn = tiny_recipe.draw(0, "train", 100)
+    tokens, starts = tiny_recipe.encode_problems(tokenizer, drawn, Recipe.long_length)
+    facts = tiny_recipe.encode_facts(tokenizer, drawn)
+    return next(tiny_recipe.batches(tokens, starts, facts, tokenizer, Recipe(), step))
+
+
+def test_first_phase_may_mask_everything(tokenizer):
+    tokens_BL, start_B, target_BL, hidden_BL = first_batch(tokenizer, 0)
+    assert tokens_BL.shape == (Recipe.batch, Recipe.length)
+    assert (start_B > 0).all() and target_BL.all() and not hidden_BL.any()
+    assert first_batch(tokenizer, Recipe.long_every - 1)[0].shape[1] == Recipe.long_length
+
+
+def test_drill_asks_for_results_only(tokenizer):
+    tokens_BL, start_B, target_BL, hidden_BL = first_batch(tokenizer, Recipe.drill_from)
+    assert (start_B == 0).sum() == Recipe.drill_rows and not hidden_BL.any()
+    for tokens_L, target_L in zip(tokens_BL[start_B == 0], target_BL[start_B == 0], strict=True):
+        facts = "".join(
+            "?" if asked else tokenizer.decode([token])
+            for token, asked in zip(tokens_L.tolist(), target_L, strict=True)
+        )
+        assert re.fullmatch(r"(\d+ [-+*/] \d+ = \?\?? ?\. )*.{0,14}", facts), facts
+
+
+def test_hidden_results_are_not_given_away(tokenizer):
+    tokens_BL, _, target_BL, hidden_BL = first_batch(tokenizer, Recipe.drill_until)
+    asked_B = ~target_BL.all(axis=1)
+    assert asked_B.sum() == Recipe.result_rows
+    for tokens_L, target_L, hidden_L in zip(
+        tokens_BL[asked_B], target_BL[asked_B], hidden_BL[asked_B], strict=True
+    ):
+        text = "".join(
+            "?" if hidden else tokenizer.decode([token])
+            for token, hidden in zip(tokens_L.tolist(), target_L | hidden_L, strict=True)
+        )
+        result = tokenizer.decode(tokens_L[target_L].tolist())
+        before, after = text.split(" = ?", 1)
+        assert re.search(r"\d+ [-+*/] \d+$", before)  # the operands are visible
+        assert result not in re.findall(r"\d+", after)
+        assert "#### ?" in after
 
 
 def test_loss_falls(run):
@@ -153,3 +201,11 @@ def test_errors_are_one_sentence(arguments, sentence, monkeypatch, capsys):
     assert sentence in captured.err
     assert captured.err.count("\n") == 1
     assert not captured.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", embedded())
+def test_embedded_models_solve_held_out_problems(name, capsys):
+    train_tiny.evaluate(train_tiny.ASSETS / name, count=50, seed=11, gen_length=40)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["accuracy"] >= 0.9
