@@ -97,7 +97,7 @@ RECIPES: dict[str, Recipe] = {
         drill_from=1000,
         drill_until=3000,
         cut_rows=0.5,
-        steps=7500,
+        steps=5500,
     ),
 }
 """Family -> how its embedded model is trained."""

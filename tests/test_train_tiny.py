@@ -91,11 +91,11 @@ def test_problems_fit_the_recipes(tokenizer):
         tiny_recipe.encode_problems(tokenizer, drawn, 20)
 
 
-def first_batch(tokenizer, step: int) -> list[np.ndarray]:
+def first_batch(tokenizer, step: int, **changes) -> list[np.ndarray]:
     drawn = tiny_recipe.draw(0, "train", 100)
     tokens, starts = tiny_recipe.encode_problems(tokenizer, drawn, Recipe.long_length)
     facts = tiny_recipe.encode_facts(tokenizer, drawn)
-    return next(tiny_recipe.batches(tokens, starts, facts, tokenizer, Recipe(), step))
+    return next(tiny_recipe.batches(tokens, starts, facts, tokenizer, Recipe(**changes), step))
 
 
 def test_first_phase_may_mask_everything(tokenizer):
@@ -132,6 +132,16 @@ def test_hidden_results_are_not_given_away(tokenizer):
         assert re.search(r"\d+ [-+*/] \d+$", before)  # the operands are visible
         assert result not in re.findall(r"\d+", after)
         assert "#### ?" in after
+
+
+def test_cut_rows_show_nothing_behind_the_result(tokenizer):
+    _, _, target_BL, hidden_BL = first_batch(tokenizer, Recipe.drill_until, cut_rows=1.0)
+    asked_B = ~target_BL.all(axis=1)
+    assert asked_B.sum() == Recipe.result_rows
+    for target_L, hidden_L in zip(target_BL[asked_B], hidden_BL[asked_B], strict=True):
+        first = target_L.argmax()
+        assert target_L.sum() in (2, 3)  # one or two digits and what comes behind them
+        assert (target_L | hidden_L)[first:].all() and not hidden_L[:first].any()
 
 
 def test_loss_falls(run):
