@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dlm_jax import cache, models
+    from dlm_jax import cache, models, tokenizer
     from dlm_jax.checkpoint import Checkpoint, load
     from dlm_jax.config import DecodeConfig
     from dlm_jax.decode import Frame, GenerateOutput, diffusion_generate, diffusion_stream
@@ -22,6 +22,7 @@ __all__ = [
     "diffusion_stream",
     "load",
     "models",
+    "tokenizer",
 ]
 
 __version__ = "0.1.0"

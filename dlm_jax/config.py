@@ -1,9 +1,11 @@
 """`DecodeConfig`: everything a user chooses about decoding, validated when it is made."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dlm_jax import models
 from dlm_jax.geometry import Geometry
@@ -28,7 +30,8 @@ class Numbers(NamedTuple):
 class DecodeConfig:
     """How a canvas of masks becomes text. Hashable, hence static under jit.
 
-    The defaults are LLaDA's; `for_model` takes those of the model at hand.
+    The defaults are LLaDA's schedule and confidence on one block; `for_model` takes what the
+    original of the model at hand does.
 
     Attributes:
       gen_length: G, tokens to generate.
@@ -50,7 +53,7 @@ class DecodeConfig:
       leave_early: leave a block as soon as it holds no mask. The original LLaDA and Dream loops do
         not: steps beyond the number of tokens cost a forward and commit nothing.
       lockstep: rows of a batch leave a block together (True) or each by itself (False); None takes
-        what suits the cache method. A row's tokens do not depend on it.
+        what suits the cache method. With the mask token banned, a row's tokens do not depend on it.
 
     Raises:
       ValueError: one sentence that names the argument, its value and what would be right.
@@ -86,7 +89,7 @@ class DecodeConfig:
         if not 0.0 < self.eps < 1.0:
             raise ValueError(f"eps is {self.eps}; it must lie between 0 and 1.")
         # Traced numbers are taken as they are.
-        if _concrete(self.temperature) and self.temperature < 0:
+        if _concrete(self.temperature) and not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or above.")
         if _concrete(self.top_p) and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1].")
@@ -98,15 +101,16 @@ class DecodeConfig:
     def for_model(cls, config: Config, **overrides: Any) -> "DecodeConfig":
         """The model family's defaults where an argument is not given or None.
 
-        A default block length is lowered to the next divisor of `gen_length`.
+        A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
+        if there is none, everything is one block.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         chosen = models.FAMILIES[config.family].DECODE | given
         gen_length = chosen.get("gen_length", cls.gen_length)
         if "block_length" not in given and chosen["block_length"] is not None and gen_length > 0:
-            chosen["block_length"] = next(
-                size for size in range(chosen["block_length"], 0, -1) if gen_length % size == 0
-            )
+            usual = chosen["block_length"]
+            fitting = (n for n in range(usual, usual // 2 - 1, -1) if n and gen_length % n == 0)
+            chosen["block_length"] = next(fitting, None)
         return cls(**chosen)
 
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
@@ -117,7 +121,7 @@ class DecodeConfig:
         return Geometry(
             prompt=prompt,
             gen=self.gen_length,
-            block=self.block_length or self.gen_length,
+            block=self.gen_length if self.block_length is None else self.block_length,
             steps=steps,
             shift=shift,
         )
@@ -125,16 +129,17 @@ class DecodeConfig:
     def split(self) -> tuple["DecodeConfig", Numbers]:
         """The part that shapes the compiled program, and the numbers that do not."""
         sampled = not _concrete(self.temperature) or self.temperature > 0
+        nucleus = self.top_p is not None and not (_concrete(self.top_p) and self.top_p >= 1)
         numbers = Numbers(
             temperature=jnp.asarray(self.temperature, jnp.float32) if sampled else None,
-            top_p=None if self.top_p is None else jnp.asarray(self.top_p, jnp.float32),
+            top_p=jnp.asarray(self.top_p, jnp.float32) if nucleus else None,
             top_k=None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32),
         )
         return dataclasses.replace(self, temperature=0.0, top_p=None, top_k=None), numbers
 
 
 def _concrete(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return value is not None and not isinstance(value, Tracer)
 
 
 def _one_of(name: str, value: str, table: dict[str, Any]) -> None:

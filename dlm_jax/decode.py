@@ -142,6 +142,10 @@ def _prepare(
             f"prompt, {jnp.shape(prompt_BP)}."
         )
     batch, prompt = jnp.shape(prompt_BP)
+    if batch < 1:
+        raise ValueError("The prompt has no rows; at least one is needed.")
+    if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
+        raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
     geo = decode.geometry(prompt=prompt, shift=config.shift)
     if geo.length > config.max_length:
         raise ValueError(
@@ -157,6 +161,12 @@ def _prepare(
             )
         if not decode.infill and (prompt_BP == config.mask_id).any():
             raise ValueError("The prompt holds mask tokens; set infill=True to have them filled.")
+    if not isinstance(prompt_mask_BP, Tracer):
+        prompt_mask_BP = np.asarray(prompt_mask_BP, bool)
+        if (prompt_mask_BP[:, :-1] & ~prompt_mask_BP[:, 1:]).any():
+            raise ValueError(
+                "The prompt mask has padding behind tokens; prompts must be padded left."
+            )
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (batch,)):

@@ -19,43 +19,56 @@ class Candidates(NamedTuple):
     """What a confidence may look at, per position."""
 
     token: Int[Array, "*W"]
-    raw: Float[Array, "*W V"]
-    """The model's log-probabilities."""
+    logits: Float[Array, "*W V"]
+    """What the model said."""
     tempered: Float[Array, "*W V"]
     """Log-probabilities after temperature and filters; -inf where filtered out."""
     allowed: Bool[Array, "*W V"]
     """Tokens that may be committed."""
 
 
-def low_confidence(c: Candidates) -> Float[Array, "*W"]:
-    """Probability of the candidate, untempered and unfiltered (LLaDA, algorithm 5)."""
-    return jnp.exp(_take(c.raw, c.token))
+class Measure(NamedTuple):
+    """A way to be sure: `score` ranks positions, and `report(score)` is told as the confidence."""
+
+    score: Callable[[Candidates], Array]
+    report: Callable[[Array], Array] = lambda score: score
 
 
-def maskgit_plus(c: Candidates) -> Float[Array, "*W"]:
+def log_probability(c: Candidates) -> Float[Array, "*W"]:
+    """Logarithm of the candidate's probability, untempered and unfiltered (LLaDA, algorithm 5).
+
+    LLaDA ranks probabilities in float64. Those of sure tokens differ by less than float32 resolves
+    around 1, so what is computed here is how much the other tokens have.
+    """
+    other = ~jax.nn.one_hot(c.token, c.logits.shape[-1], dtype=bool)
+    gap = c.logits - jnp.take_along_axis(c.logits, c.token[..., None], axis=-1)
+    return -jnp.log1p(jnp.sum(jnp.exp(gap), axis=-1, where=other))
+
+
+def probability(c: Candidates) -> Float[Array, "*W"]:
     """Probability of the candidate after temperature and filters (Dream)."""
-    return jnp.exp(_take(c.tempered, c.token))
+    return jnp.exp(jnp.take_along_axis(c.tempered, c.token[..., None], axis=-1)[..., 0])
 
 
-def topk_margin(c: Candidates) -> Float[Array, "*W"]:
+def margin(c: Candidates) -> Float[Array, "*W"]:
     """Probability of the best token minus that of the second (Dream)."""
     best, _ = jax.lax.top_k(jnp.where(c.allowed, jnp.exp(c.tempered), 0.0), 2)
     return best[..., 0] - best[..., 1]
 
 
-def entropy(c: Candidates) -> Float[Array, "*W"]:
+def negative_entropy(c: Candidates) -> Float[Array, "*W"]:
     """Negative entropy of the distribution (Dream)."""
     p = jnp.exp(c.tempered)
     return jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
 
 
-ALGORITHMS: dict[str, Callable[[Candidates], Array]] = {
-    "low_confidence": low_confidence,
-    "maskgit_plus": maskgit_plus,
-    "topk_margin": topk_margin,
-    "entropy": entropy,
+ALGORITHMS: dict[str, Measure] = {
+    "low_confidence": Measure(log_probability, report=jnp.exp),
+    "maskgit_plus": Measure(probability),
+    "topk_margin": Measure(margin),
+    "entropy": Measure(negative_entropy),
 }
-"""Name -> confidence; higher is surer."""
+"""Name -> measure; higher is surer."""
 
 
 def sample(
@@ -67,35 +80,46 @@ def sample(
     temperature: Float[Array, ""] | None,
     top_p: Float[Array, ""] | None,
     top_k: Int[Array, ""] | None,
-) -> tuple[Int[Array, "B W"], Float[Array, "B W"]]:
-    """Draws one candidate per position and measures the confidence in it.
+) -> tuple[Int[Array, "B W"], Float[Array, "B W"], Float[Array, "B W"]]:
+    """Draws one candidate per position and measures how sure it is.
 
     Args:
       logits: float32.
       key_BW: one key per position; unused at temperature 0.
       alg: a key of `ALGORITHMS`.
-      banned: a token that is never a candidate, though it keeps its share of the probability.
-      temperature: None takes the most probable token (the lowest id among equals).
+      banned: a token that is never a candidate, though it keeps its share of the probability. Where
+        the filters leave nothing else, the candidate comes from all other tokens.
+      temperature: None takes the most probable token (the lowest id among equals), as 0 does.
       top_p: nucleus filter; None switches it off.
       top_k: keeps the k largest logits; None switches it off.
+
+    Returns:
+      Candidates, scores to rank positions by, and confidences to report.
     """
-    vocab = jnp.arange(logits.shape[-1])[None, None, :]
-    allowed = jnp.broadcast_to(
-        jnp.ones_like(vocab, bool) if banned is None else vocab != banned, logits.shape
-    )
-    scaled = logits if temperature is None else logits / jnp.broadcast_to(temperature, logits.shape)
-    kept = allowed & keep(jnp.where(allowed, scaled, -jnp.inf), top_p, top_k)
-    choice = jnp.where(kept, scaled, -jnp.inf)
+    scaled = logits
     if temperature is not None:
-        choice = choice + _gumbel(key_BW, logits.shape[-1])
-    token_BW = jnp.argmax(choice, axis=-1).astype(jnp.int32)
-    candidates = Candidates(
-        token=token_BW,
-        raw=jax.nn.log_softmax(logits, axis=-1),
-        tempered=jax.nn.log_softmax(jnp.where(kept | ~allowed, scaled, -jnp.inf), axis=-1),
-        allowed=allowed,
+        scaled = logits / jnp.broadcast_to(jnp.where(temperature > 0, temperature, 1), logits.shape)
+    kept = keep(scaled, top_p, top_k)
+    allowed = jnp.ones(logits.shape, bool)
+    if banned is not None:
+        allowed = jnp.broadcast_to(jnp.arange(logits.shape[-1]) != banned, logits.shape)
+    choice = kept & allowed
+    choice = jnp.where(jnp.any(choice, axis=-1, keepdims=True), choice, allowed)
+    ranked = jnp.where(choice, scaled, -jnp.inf)
+    if temperature is not None:
+        # Gumbel noise: the maximum is then a sample from the softmax.
+        ranked = ranked + jnp.where(temperature > 0, _gumbel(key_BW, logits.shape[-1]), 0.0)
+    token_BW = jnp.argmax(ranked, axis=-1).astype(jnp.int32)
+    measure = ALGORITHMS[alg]
+    score_BW = measure.score(
+        Candidates(
+            token=token_BW,
+            logits=logits,
+            tempered=jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1),
+            allowed=allowed,
+        )
     )
-    return token_BW, ALGORITHMS[alg](candidates)
+    return token_BW, score_BW, measure.report(score_BW)
 
 
 def keep(
@@ -121,10 +145,5 @@ def keep(
     return logits >= threshold
 
 
-def _take(values: Float[Array, "*W V"], token: Int[Array, "*W"]) -> Float[Array, "*W"]:
-    return jnp.take_along_axis(values, token[..., None], axis=-1)[..., 0]
-
-
 def _gumbel(key_BW: Key[Array, "B W"], size: int) -> Float[Array, "B W V"]:
-    """Gumbel noise: adding it to logits and taking the maximum samples from their softmax."""
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (size,), jnp.float32)))(key_BW)

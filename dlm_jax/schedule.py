@@ -49,7 +49,7 @@ def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
         step_B = jnp.minimum(step_B, share.shape[0] - 1)
         return jnp.floor(masks_B.astype(jnp.float32) * share[step_B]).astype(jnp.int32)
 
-    return Schedule(quota, lambda masks: geo.steps_per_block if masks else 0)
+    return Schedule(quota, lambda masks: geo.steps_per_block)
 
 
 def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:

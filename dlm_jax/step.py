@@ -163,22 +163,22 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     source_BL = source_slot(slot_BL, setup.valid_BL, config.shift)
     readable_BL = rows.eligible_L & queries.gather(state.selected_BL, source_BL)
     slot_BW = queries.pack_index(readable_BL, setup.readout_width)
-    token_BW, confidence_BW = sample(
+    token_BW, score_BW, confidence_BW = sample(
         readout(model, setup.params, hidden_BQD, query, slot_BW),
         _noise_keys(setup, state, slot_BW),
         alg=setup.decode.alg,
         banned=config.mask_id if setup.decode.ban_mask else None,
         **setup.numbers._asdict(),
     )
-    confidence_BL = queries.scatter(
-        jnp.full(slot_BL.shape, -jnp.inf, jnp.float32), confidence_BW, slot_BW
-    )
+    unread_BL = jnp.full(slot_BL.shape, -jnp.inf, jnp.float32)
+    confidence_BL = queries.scatter(unread_BL, confidence_BW, slot_BW)
 
     # Commit.
     quota_B = setup.schedule.quota(
         state.block_masks_B, _block_masks(setup, state), state.block_step_B
     )
-    commit_BL = jax.vmap(unmask.top)(confidence_BL, readable_BL, quota_B)
+    score_BL = queries.scatter(unread_BL, score_BW, slot_BW)
+    commit_BL = jax.vmap(unmask.top)(score_BL, readable_BL, quota_B)
     tokens_BL = jnp.where(
         commit_BL, queries.scatter(state.tokens_BL, token_BW, slot_BW), state.tokens_BL
     )
@@ -251,23 +251,15 @@ def _rows(setup: Setup, state: DecodeState) -> Row:
 def _advance(setup: Setup, state: DecodeState) -> DecodeState:
     """Moves rows to the next step of their block, or to their next block."""
     geo, decode = setup.geo, setup.decode
-    counts = _masks_per_block(setup, state.tokens_BL)
     block_step_B = state.block_step_B + 1
     done_B = state.block_B >= geo.num_blocks
     leave_B = _block_masks(setup, state) == 0
-    next_B = state.block_B + 1
     if geo.steps is not None:
         out_of_steps_B = block_step_B >= geo.steps_per_block
         leave_B = (leave_B | out_of_steps_B) if decode.leave_early else out_of_steps_B
-    if geo.steps is None or decode.leave_early:
-        # Infilled canvases may have blocks without a mask; no forward is spent on them.
-        ahead = (counts > 0) & (jnp.arange(geo.num_blocks)[None] > state.block_B[:, None])
-        next_B = jnp.where(jnp.any(ahead, axis=-1), jnp.argmax(ahead, axis=-1), geo.num_blocks)
-        next_B = next_B.astype(jnp.int32)
     if setup.lockstep:
         leave_B = jnp.broadcast_to(jnp.all(leave_B | done_B), leave_B.shape)
-        next_B = jnp.broadcast_to(jnp.min(next_B), next_B.shape)
-    block_B = jnp.where(leave_B & ~done_B, next_B, state.block_B)
+    block_B = jnp.where(leave_B & ~done_B, state.block_B + 1, state.block_B)
     state = state._replace(
         block_B=block_B, block_step_B=jnp.where(leave_B, jnp.zeros_like(block_step_B), block_step_B)
     )

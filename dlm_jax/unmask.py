@@ -6,13 +6,15 @@ from dlm_jax.typing import Array, Bool, Float, Int
 
 
 def top(
-    confidence_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], quota: Int[Array, ""]
+    score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], quota: Int[Array, ""]
 ) -> Bool[Array, " L"]:
-    """The `quota` eligible positions with the highest confidence, the leftmost among equals.
+    """The `quota` eligible positions with the highest score, the leftmost among equals.
 
     All eligible positions if there are fewer than `quota`; never one that is not eligible.
     """
-    order_L = jnp.argsort(jnp.where(eligible_L, -confidence_L, jnp.inf), stable=True)
+    # A score may be -inf, which must still come before what is not eligible.
+    score_L = jnp.maximum(score_L, jnp.finfo(score_L.dtype).min)
+    order_L = jnp.argsort(jnp.where(eligible_L, -score_L, jnp.inf), stable=True)
     rank_L = (
         jnp.zeros_like(order_L)
         .at[order_L]

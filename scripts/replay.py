@@ -27,6 +27,7 @@ import numpy as np
 import dlm_jax
 from dlm_jax.cache import CacheMethod, NoCache
 from dlm_jax.config import DecodeConfig
+from dlm_jax.models import Config
 from dlm_jax.typing import Params
 
 AS_RECORDED = dict(ban_mask=False, lockstep=True)
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     counts = dict(passed=0, failed=0, unsupported=0)
     try:
-        paths = list(_case_files(args.cases))
-        for path in paths:
-            outcome, detail = replay(_read(path), args.checkpoints)
+        cases = {path: _read(path) for path in _case_files(args.cases)}
+        for path, case in cases.items():
+            outcome, detail = replay(case, args.checkpoints)
             counts[outcome] += 1
             print(
                 f"{path.stem}: {'pass' if outcome == 'passed' else f'{outcome}: {detail}'}",
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"replay: {error}", file=sys.stderr)
         return 2
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    return 0 if counts["passed"] == len(paths) else 1
+    return 0 if counts["passed"] == len(cases) else 1
 
 
 def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
@@ -73,7 +74,7 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
     model, params = _load(checkpoints / case["model"])
     mask = case["prompt_mask"]
     try:
-        run = translate(case)
+        run = translate(case, model.config)
         out = dlm_jax.diffusion_generate(
             params,
             model,
@@ -86,8 +87,8 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
         )
     except Unsupported as reason:
         return "unsupported", str(reason)
-    except ValueError as error:
-        return "failed", str(error)
+    except (TypeError, ValueError) as error:
+        return "failed", " ".join(str(error).split())
     difference = compare(case, jax.device_get(out))
     return ("failed", difference) if difference else ("passed", "")
 
@@ -95,7 +96,7 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
 # --- Translation ---------------------------------------------------------------------------------
 
 
-def translate(case: dict[str, Any]) -> Run:
+def translate(case: dict[str, Any], config: Config) -> Run:
     """A case's arguments as a decoding configuration and a cache method.
 
     Raises:
@@ -105,8 +106,18 @@ def translate(case: dict[str, Any]) -> Run:
     entry = case["source"]["entry"]
     if entry not in _ENTRIES:
         raise Unsupported(f"entry point {entry}")
+    read = _ENTRIES[entry]
+    args = case["args"]
+    unknown = sorted(set(args) - _ARGUMENTS[read] - {"mask_id", "mask_token_id", "env"})
+    if unknown:
+        raise Unsupported(f"{unknown[0]}={args[unknown[0]]}")
+    for name, value in (args | args.get("env", {})).items():
+        if name.lower() in ("mask_id", "mask_token_id"):
+            _only(args | {name: value}, name, (config.mask_id, None))
     try:
-        return _ENTRIES[entry](case["args"])
+        # Noise is not recorded.
+        _only(args, "temperature", (0.0,))
+        return read(args)
     except KeyError as error:
         raise ValueError(f"argument {error} of {entry} is missing") from error
 
@@ -140,6 +151,7 @@ def _fast_dllm_llada(args: dict[str, Any]) -> Run:
 def _dream_loop(args: dict[str, Any]) -> Run:
     """`diffusion_generate` of Dream, as dKV-Cache and Fast-dLLM ship it, without a cache."""
     _only(args, "use_cache", (None, False))
+    _only(args, "num_return_sequences", (1,))
     _only(args, "alg_temp", (None, 0.0))
     # Fast-dLLM's threshold is only read by its algorithm "confidence_threshold".
     _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy"))
@@ -197,6 +209,27 @@ _ENTRIES: dict[str, Callable[[dict[str, Any]], Run]] = {
 }
 """What a case's `source.entry` names -> how its arguments are read."""
 
+_HUGGING_FACE = {"alg", "alg_temp", "bos_token_id", "eos_token_id", "eps", "max_new_tokens"}
+_HUGGING_FACE |= {"num_return_sequences", "output_history", "pad_token_id"}
+_HUGGING_FACE |= {"return_dict_in_generate", "steps", "temperature", "top_k", "top_p"}
+_ARGUMENTS: dict[Callable[[dict[str, Any]], Run], set[str]] = {
+    _llada_loop: {"block_length", "cfg_scale", "enable_cache", "gen_length", "remasking", "steps"}
+    | {"temperature"},
+    _fast_dllm_llada: {"block_length", "gen_length", "remasking", "steps", "temperature"}
+    | {"threshold"},
+    _dream_loop: _HUGGING_FACE
+    | {"cache_steps", "cache_type", "shift_type", "threshold", "use_cache"},
+    _d2_framework: {"alg", "attn_implementation", "block_length", "cache", "clip_alpha", "debias"}
+    | {"eos_token_id", "factor", "gamma", "gen_length", "num_transfer_tokens", "output_probs"}
+    | {"output_hidden_states", "pad_token_id", "sigma", "stop_until_eos", "strategy"}
+    | {"temperature", "threshold", "top_k", "top_p"},
+}
+"""Reader -> the arguments that it translates, or that change nothing in what is recorded.
+
+(Special tokens other than the mask, what is returned, and what only matters with a cache.) Any
+other argument makes a case unsupported.
+"""
+
 
 def _remasking(args: dict[str, Any]) -> str:
     _only(args, "remasking", ("low_confidence",))
@@ -219,11 +252,11 @@ def compare(case: dict[str, Any], out: dlm_jax.GenerateOutput) -> str:
     for name in ("history", "computed"):
         if len(expected[name]) != expected["nfe"]:
             return f"{len(expected[name])} entries of {name} for {expected['nfe']} model forwards"
+    generated = len(expected["tokens"][0]) - len(case["prompt"][0])
     for step, (canvas, computed) in enumerate(
         zip(expected["history"], expected["computed"], strict=True)
     ):
-        start = out.tokens.shape[1] - len(canvas[0])
-        found = _first_difference(out.history[step, :, start:], np.asarray(canvas))
+        found = _first_difference(out.history[step, :, -generated:], np.asarray(canvas))
         if found:
             return f"step {step}, {found}"
         found = _computed_difference(case, out, step, computed)
@@ -262,6 +295,8 @@ def _computed_difference(
         if mask is not None:
             valid[: len(mask[row])] = np.asarray(mask[row], bool)
         positions = recorded[row] if recorded is not None else None
+        if positions is not None and positions != sorted(set(positions) & set(range(length))):
+            return f"row {row}: the recorded positions are no ascending list of positions"
         wanted = np.ones(length, bool)
         if positions is not None:
             wanted = np.isin(np.arange(length), positions)
@@ -294,6 +329,9 @@ def _read(path: Path) -> dict[str, Any]:
     missing = {"name", "source", "model", "prompt", "prompt_mask", "args", "expected"} - set(case)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; give a recorded case.")
+    missing = {"tokens", "history", "computed", "nfe"} - set(case["expected"])
+    if missing:
+        raise ValueError(f"{path}: expected lacks {', '.join(sorted(missing))}.")
     return case
 
 

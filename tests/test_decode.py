@@ -225,6 +225,16 @@ def test_lockstep_changes_no_token():
     assert tied.committed_at[1, 6:].max() > free.committed_at[1, 6:].max()
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_generates(dtype):
+    model, params = small("dream")
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    out = generate(
+        (model, params), prompts(2, 5), decode=DecodeConfig(gen_length=8, block_length=4)
+    )
+    assert (out.tokens != model.config.mask_id).all() and np.isfinite(out.confidence).all()
+
+
 def test_the_mask_token_is_never_committed_though_the_model_prefers_it():
     model, params = small()
     params = jax.tree.map(lambda leaf: leaf, params)
@@ -323,6 +333,9 @@ class TestBadInput:
         self.check("must be that of the prompt", mask=np.ones((1, 3), bool))
         self.check("at least one token", prompt=prompts(2, 0))
         self.check("one per row", key=jax.random.split(KEY, 3))
+        self.check("at least one is needed", prompt=prompts(0, 3))
+        self.check("must be integers", prompt=prompts(2, 3) + 0.5)
+        self.check("padded left", mask=np.array([[True, True, False], [True] * 3]))
 
     def test_values(self):
         self.check("context ends at 64", decode=DecodeConfig(gen_length=64))

@@ -130,6 +130,21 @@ class TestReplayRejects:
         case["expected"]["history"] = []
         self.check(case, "0 entries of history for 1 model forwards")
 
+    def test_entries_of_another_shape(self, case):
+        case["expected"]["history"] = [[[]]]
+        self.check(case, "step 0, shape (1, 16), recorded (1, 0)")
+        case["expected"]["history"] = [[row[-1:] for row in case["expected"]["tokens"]]]
+        self.check(case, "step 0, shape (1, 16), recorded (1, 1)")
+
+    def test_positions_that_do_not_exist(self, case):
+        length = len(case["expected"]["tokens"][0])
+        case["expected"]["computed"] = [[[*range(length), length]]]
+        self.check(case, "no ascending list of positions")
+
+    def test_a_value_of_the_wrong_type(self, case):
+        case["args"]["steps"] = "1"
+        self.check(case, "")
+
     def test_the_number_of_forwards(self, case):
         case["expected"]["nfe"] = 2
         self.check(case, "1 model forwards, recorded 2")
@@ -143,8 +158,9 @@ class TestReplayRejects:
         self.check(case, "argument 'eps'")
 
     def test_unknown_settings_are_unsupported_not_ignored(self, case):
-        case["args"]["alg_temp"] = 0.5
-        assert replay.replay(case, CHECKPOINTS) == ("unsupported", "alg_temp=0.5")
+        for name, value in (("alg_temp", 0.5), ("mask_token_id", 5), ("cfg_scale", 2.0)):
+            changed = case | dict(args=case["args"] | {name: value})
+            assert replay.replay(changed, CHECKPOINTS) == ("unsupported", f"{name}={value}")
         case["source"]["entry"] = "elsewhere.generate"
         assert replay.replay(case, CHECKPOINTS) == ("unsupported", "entry point elsewhere.generate")
 

@@ -17,7 +17,7 @@ LOGITS = np.log(
 
 def sample(alg, logits=LOGITS, *, banned=None, temperature=None, top_p=None, top_k=None, seed=0):
     logits = jnp.asarray(logits, jnp.float32)[None]
-    token, confidence = sampler.sample(
+    token, _, confidence = sampler.sample(
         logits,
         jax.random.split(jax.random.key(seed), logits.shape[:2]),
         alg=alg,
@@ -56,11 +56,36 @@ def test_a_banned_token_is_no_candidate_but_keeps_its_share():
     token, confidence = sample("low_confidence", banned=6)
     assert token.tolist() == [1, 4]
     np.testing.assert_allclose(confidence, [0.4, 0.11], rtol=1e-5)
+    # Where the filters leave only the banned token, the best other one is a last resort.
     token, confidence = sample("maskgit_plus", banned=6, top_k=1)
     assert token.tolist() == [1, 4]
-    np.testing.assert_allclose(confidence, [0.4 / 0.42, 0.11 / 0.81], rtol=1e-5)
+    np.testing.assert_allclose(confidence, [1.0, 0.0], rtol=1e-5)
     np.testing.assert_allclose(sample("topk_margin", banned=6)[1], [0.1, 0.02], atol=1e-6)
     np.testing.assert_allclose(sample("entropy", banned=6)[1], (p * np.log(p)).sum(-1), rtol=1e-5)
+
+
+def test_sure_tokens_are_ranked_where_float32_probabilities_are_all_one():
+    logits = np.zeros((3, 1000), np.float32)
+    logits[:, 5] = [25.0, 27.0, 26.0]
+    _, score, confidence = sampler.sample(
+        jnp.asarray(logits)[None],
+        jax.random.split(jax.random.key(0), (1, 3)),
+        alg="low_confidence",
+        banned=None,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    assert (confidence == 1).all()
+    assert np.argsort(score[0]).tolist() == [0, 2, 1]
+    exact = -np.log1p(999 * np.exp(-logits[:, 5].astype(np.float64)))
+    np.testing.assert_allclose(score[0], exact, rtol=1e-5)
+
+
+def test_a_traced_temperature_of_zero_takes_the_best_token():
+    token, confidence = sample("maskgit_plus", temperature=0.0)
+    assert token.tolist() == [1, 6]
+    np.testing.assert_allclose(confidence, [0.4, 0.7], rtol=1e-5)
 
 
 def test_the_lowest_id_wins_a_tie():

@@ -122,6 +122,9 @@ class TestDecodeConfig:
         ("arguments", "words"),
         [
             (dict(gen_length=0), "gen_length is 0"),
+            (dict(block_length=0), "block_length is 0"),
+            (dict(temperature=float("nan")), "temperature is nan"),
+            (dict(temperature=np.float32(-1)), "temperature is -1.0"),
             (dict(gen_length=10, block_length=4), "must divide gen_length, 10"),
             (dict(gen_length=8, block_length=4, steps=3), "multiple of the number of blocks, 2"),
             (dict(steps=0), "steps is 0"),
@@ -148,11 +151,16 @@ class TestDecodeConfig:
         config = DecodeConfig.for_model(small_config(), block_length=4, alg="entropy")
         assert (config.block_length, config.alg) == (4, "entropy")
 
+    def test_a_default_block_that_does_not_fit_is_lowered_to_half_at_most(self):
+        lengths = {n: DecodeConfig.for_model(small_config(), gen_length=n) for n in (64, 34, 127)}
+        assert [config.block_length for config in lengths.values()] == [32, 17, None]
+
     def test_numbers_are_split_off(self):
         static, numbers = DecodeConfig(temperature=0.5, top_k=3).split()
         assert static == DecodeConfig() and numbers.top_p is None
         assert (float(numbers.temperature), int(numbers.top_k)) == (0.5, 3)
         assert DecodeConfig().split()[1] == (None, None, None)
+        assert DecodeConfig(temperature=jnp.float32(0), top_p=1.0).split()[1] == (None, None, None)
 
 
 class TestModelConfigs:
@@ -170,6 +178,9 @@ class TestModelConfigs:
             (LLADA, dict(scale_logits=True), "scale_logits"),
             (LLADA, dict(clip_qkv=8.0), "clip_qkv is 8.0"),
             (LLADA, dict(rope_scaling=dict(type="linear", factor=2)), "type 'linear'"),
+            (LLADA, dict(rope=None), "rope"),
+            (LLADA, dict(sliding_window=128), "sliding_window is 128"),
+            (LLADA, dict(use_sliding_window=True), "use_sliding_window is True"),
             (LLADA, dict(d_model=None), "d_model is missing"),
             (LLADA, dict(mask_token_id=None), "mask_token_id is missing"),
             (LLADA, dict(mask_token_id=40), "mask_id is 40"),

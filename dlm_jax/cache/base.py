@@ -113,10 +113,13 @@ class CacheMethod:
     def variant_id(
         self, nfe: Int[Array, ""], counts_B: Int[Array, " B"], geo: Geometry
     ) -> Int[Array, ""]:
-        """Which variant the next step takes: the smallest that holds every row's set."""
+        """Which variant the next step takes: the smallest that holds every row's set.
+
+        A set larger than the largest variant is an error of the method.
+        """
         del nfe
         capacities = jnp.asarray([variant.capacity for variant in self.variants(geo)], jnp.int32)
-        return jnp.sum(jnp.max(counts_B) > capacities, dtype=jnp.int32)
+        return jnp.sum(jnp.max(counts_B) > capacities[:-1], dtype=jnp.int32)
 
     def init_cache(
         self, config: Config, geo: Geometry, batch: int, dtype: Any

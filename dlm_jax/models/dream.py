@@ -62,7 +62,6 @@ WEIGHTS: dict[str, str] = {
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_mrope": (False, None),
-    "use_sliding_window": (False, None),
 }
 
 

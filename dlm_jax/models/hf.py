@@ -18,6 +18,7 @@ _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "qk_norm": (None, False),
     "use_qk_norm": (None, False),
     "quantization_config": (None, {}),
+    "use_sliding_window": (False, None),
     "partial_rotary_factor": (None, 1, 1.0),
     "head_dim": (None,),
 }

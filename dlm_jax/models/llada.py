@@ -85,6 +85,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "multi_query_attention": (None, False),
     "rope": (True,),
     "scale_logits": (False,),
+    "sliding_window": (None, False),
 }
 
 
@@ -95,6 +96,8 @@ def from_hf(raw: dict[str, Any]) -> Config:
       ValueError: a value that this transformer does not implement, or a missing one; it is named.
     """
     expect(raw, _SUPPORTED)
+    for name in ("layer_norm_type", "rope"):  # whose defaults in the original are other than ours
+        read(raw, name)
     width, heads = read(raw, "d_model"), read(raw, "n_heads")
     if width % heads:
         raise ValueError(
