@@ -130,6 +130,8 @@ def _prepare(
 ) -> tuple:
     """Checks the arguments and splits them into what is traced and what is static."""
     config = model.config
+    if not isinstance(prompt_BP, Tracer):
+        prompt_BP = np.asarray(prompt_BP)
     if jnp.ndim(prompt_BP) != 2:
         raise ValueError(
             f"The prompt has shape {jnp.shape(prompt_BP)}; it must be [batch, prompt length]."
@@ -153,7 +155,6 @@ def _prepare(
             f"{config.max_length}."
         )
     if not isinstance(prompt_BP, Tracer):
-        prompt_BP = np.asarray(prompt_BP)
         if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
             raise ValueError(
                 f"The prompt holds token ids from {prompt_BP.min()} to {prompt_BP.max()}; they "
