@@ -7,13 +7,20 @@ if TYPE_CHECKING:
     from dlm_jax import cache, models, tokenizer
     from dlm_jax.checkpoint import Checkpoint, load
     from dlm_jax.config import DecodeConfig
-    from dlm_jax.decode import Frame, GenerateOutput, diffusion_generate, diffusion_stream
+    from dlm_jax.decode import (
+        Draws,
+        Frame,
+        GenerateOutput,
+        diffusion_generate,
+        diffusion_stream,
+    )
     from dlm_jax.models import Config, Transformer
 
 __all__ = [
     "Checkpoint",
     "Config",
     "DecodeConfig",
+    "Draws",
     "Frame",
     "GenerateOutput",
     "Transformer",
@@ -31,6 +38,7 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "Config": "models",
     "DecodeConfig": "config",
+    "Draws": "decode",
     "Frame": "decode",
     "GenerateOutput": "decode",
     "Transformer": "models",

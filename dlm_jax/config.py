@@ -11,7 +11,7 @@ from dlm_jax import models
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
 from dlm_jax.sampler import ALGORITHMS
-from dlm_jax.schedule import SCHEDULES
+from dlm_jax.schedule import SCHEDULES, Schedule
 from dlm_jax.typing import Array, Float, Int
 
 
@@ -24,6 +24,11 @@ class Numbers(NamedTuple):
     temperature: Float[Array, ""] | None
     top_p: Float[Array, ""] | None
     top_k: Int[Array, ""] | None
+    max_forwards: Int[Array, ""] | None
+
+    def sampling(self) -> dict[str, Any]:
+        """What `sampler.sample` wants of them."""
+        return dict(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +57,8 @@ class DecodeConfig:
         The originals do not ban it: a step may then be spent on a position that stays masked.
       leave_early: leave a block as soon as it holds no mask. The original LLaDA and Dream loops do
         not: steps beyond the number of tokens cost a forward and commit nothing.
+      max_forwards: stop after this many model forwards, with what is a mask then left a mask; None
+        sets no limit. With `record=("state",)` the generation can be resumed.
       lockstep: rows of a batch leave a block together (True) or each by itself (False); None takes
         what suits the cache method. With the mask token banned, a row's tokens do not depend on it.
 
@@ -72,6 +79,7 @@ class DecodeConfig:
     infill: bool = False
     ban_mask: bool = True
     leave_early: bool = True
+    max_forwards: Any = None
     lockstep: bool | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +103,8 @@ class DecodeConfig:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1].")
         if _concrete(self.top_k) and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1.")
+        if _concrete(self.max_forwards) and self.max_forwards < 1:
+            raise ValueError(f"max_forwards is {self.max_forwards}; it must be at least 1.")
         self.geometry(prompt=1, shift=0)
 
     @classmethod
@@ -118,12 +128,20 @@ class DecodeConfig:
         steps = self.steps
         if steps is None and self.schedule != "fixed":
             steps = self.gen_length
-        return Geometry(
+        geo = Geometry(
             prompt=prompt,
             gen=self.gen_length,
             block=self.gen_length if self.block_length is None else self.block_length,
             steps=steps,
             shift=shift,
+        )
+        first_block = geo.block + (prompt if self.infill else 0)
+        return dataclasses.replace(geo, quota=self.make_schedule(geo).most(first_block))
+
+    def make_schedule(self, geo: Geometry) -> Schedule:
+        """How many tokens each step of such a generation commits."""
+        return SCHEDULES[self.schedule](
+            geo, eps=self.eps, num_transfer_tokens=self.num_transfer_tokens
         )
 
     def split(self) -> tuple["DecodeConfig", Numbers]:
@@ -134,8 +152,12 @@ class DecodeConfig:
             temperature=jnp.asarray(self.temperature, jnp.float32) if sampled else None,
             top_p=jnp.asarray(self.top_p, jnp.float32) if nucleus else None,
             top_k=None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32),
+            max_forwards=(
+                None if self.max_forwards is None else jnp.asarray(self.max_forwards, jnp.int32)
+            ),
         )
-        return dataclasses.replace(self, temperature=0.0, top_p=None, top_k=None), numbers
+        off = dict(temperature=0.0, top_p=None, top_k=None, max_forwards=None)
+        return dataclasses.replace(self, **off), numbers
 
 
 def _concrete(value: Any) -> bool:

@@ -5,6 +5,7 @@ All drivers call the same `step.step`: `lax.scan` where the number of forwards i
 (`diffusion_stream`).
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,10 +20,10 @@ from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.cache.none import NoCache
 from dlm_jax.config import DecodeConfig, Numbers
 from dlm_jax.models.base import Transformer
-from dlm_jax.step import DecodeState, Setup, begin, finished, step
+from dlm_jax.step import DecodeState, Setup, begin, draw_order, step, unfinished
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params
 
-RECORDS = ("computed", "history")
+RECORDS = ("computed", "computed_layers", "history", "state")
 """What `diffusion_generate(record=...)` can be asked for."""
 
 
@@ -38,8 +39,25 @@ class GenerateOutput(NamedTuple):
     """Model forwards."""
     history: Int[Array, "T B L"] | None
     """The canvas after every forward, if recorded; the first `nfe` entries are meaningful."""
+    positions_asked: Float[Array, "T B"]
+    """Positions that the cache method asked for in every forward, mean over the layers."""
+    positions_computed: Float[Array, "T B"]
+    """Query slots that were computed for them, padding included, mean over the layers."""
+    variant: Int[Array, " T"]
+    """Which of the cache method's step shapes every forward had; -1 where there was none."""
     computed: Bool[Array, "T B L"] | None
     """The positions that entered the network in every forward, if recorded."""
+    computed_layers: Bool[Array, "T B layers L"] | None
+    """The positions whose queries each layer computed, if recorded."""
+    state: DecodeState | None
+    """From which `diffusion_generate(state=...)` goes on, if recorded: a pytree of arrays."""
+
+
+class Draws(NamedTuple):
+    """Random numbers given from outside instead of drawn from the key; None draws."""
+
+    order: ArrayOrNumpy | None = None
+    """[B, L] for the algorithm `random`: the lower, the earlier a position is filled."""
 
 
 class Frame(NamedTuple):
@@ -49,6 +67,8 @@ class Frame(NamedTuple):
     tokens: Int[Array, "B L"]
     committed_at: Int[Array, "B L"]
     confidence: Float[Array, "B L"]
+    positions_computed: float
+    """Of this forward, per row."""
 
 
 def diffusion_generate(
@@ -61,6 +81,8 @@ def diffusion_generate(
     decode: DecodeConfig,
     cache: CacheMethod = NoCache(),  # noqa: B008 (immutable)
     record: tuple[str, ...] = (),
+    draws: Draws = Draws(),  # noqa: B008 (immutable)
+    state: DecodeState | None = None,
 ) -> GenerateOutput:
     """Generates `decode.gen_length` tokens after each prompt, in one compiled program.
 
@@ -73,20 +95,26 @@ def diffusion_generate(
       prompt_BP: integer token ids [B, P], left-padded to a common length. Rows do not influence
         each other.
       prompt_mask_BP: bool [B, P], False at padding; None if there is none.
-      key: one PRNG key, or one per row [B]. Used at temperature > 0 only; a row's noise depends on
-        its key, its denoising step and the position, not on its neighbours.
+      key: one PRNG key, or one per row [B]. Used at temperature > 0 and for random orders only; a
+        row's noise depends on its key, its denoising step and the position, not on its neighbours.
       decode: decoding configuration.
       cache: cache method.
       record: names out of `RECORDS`; what is not asked for costs nothing.
+      draws: random numbers to use instead of those that `key` gives.
+      state: goes on from `GenerateOutput.state` of an earlier call with the same arguments
+        (`decode.max_forwards` apart); the result is that of one uninterrupted call.
 
     Raises:
       ValueError: shapes or settings that do not fit; one sentence says what would be right.
     """
-    args = _prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache)
+    args = _prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache, draws)
     for name in record:
         if name not in RECORDS:
             raise ValueError(f"record holds {name!r}; it must be among {', '.join(RECORDS)}.")
-    return _generate(*args, record=tuple(sorted(record)))
+    if state is not None:
+        batch, prompt = jnp.shape(prompt_BP)
+        _check_state(state, record, (batch, prompt + decode.gen_length))
+    return _generate(*args, record=tuple(sorted(record)), state=state)
 
 
 def diffusion_stream(
@@ -105,18 +133,23 @@ def diffusion_stream(
     watching and debugging, not for speed.
     """
     setup, tokens_BL = _jit_setup(
-        *_prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache)
+        *_prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache, Draws())
     )
     return _frames(setup, _jit_begin(setup, tokens_BL))
 
 
 def _frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
     variants = setup.method.variants(setup.geo)
-    for step_index in range(setup.max_forwards):
-        if finished(setup, state):
-            return
+    while unfinished(setup, state):
+        step_index = int(state.nfe)
         state = _jit_step(setup, state, variants[int(state.variant)])
-        yield Frame(step_index, state.tokens_BL, state.committed_at_BL, state.confidence_BL)
+        yield Frame(
+            step_index,
+            state.tokens_BL,
+            state.committed_at_BL,
+            state.confidence_BL,
+            float(setup.slots[int(state.variant_T[step_index])]),
+        )
 
 
 def _prepare(
@@ -127,6 +160,7 @@ def _prepare(
     key: Array,
     decode: DecodeConfig,
     cache: CacheMethod,
+    draws: Draws,
 ) -> tuple:
     """Checks the arguments and splits them into what is traced and what is static."""
     config = model.config
@@ -148,7 +182,13 @@ def _prepare(
         raise ValueError("The prompt has no rows; at least one is needed.")
     if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
         raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
+    cache.check(config, decode)
     geo = decode.geometry(prompt=prompt, shift=config.shift)
+    if draws.order is not None and jnp.shape(draws.order) != (batch, geo.length):
+        raise ValueError(
+            f"draws.order has shape {jnp.shape(draws.order)}; it must be ({batch}, {geo.length}), "
+            "a number per row and position."
+        )
     if geo.length > config.max_length:
         raise ValueError(
             f"Prompt and answer have {prompt} + {geo.gen} tokens; the model's context ends at "
@@ -181,10 +221,27 @@ def _prepare(
         jnp.asarray(prompt_mask_BP, bool),
         key,
         numbers,
+        draws,
         model,
         static,
         cache,
     )
+
+
+def _check_state(state: DecodeState, record: tuple[str, ...], shape: tuple[int, int]) -> None:
+    """Refuses a state that does not belong to the call."""
+    if state.tokens_BL.shape != shape:
+        raise ValueError(
+            f"The state is of a generation of shape {state.tokens_BL.shape}, but prompt and "
+            f"gen_length make {shape}; resume with the arguments of the interrupted call."
+        )
+    kept = dict(computed=state.computed_TBL, computed_layers=state.layer_sets)
+    for name, records in kept.items():
+        if name in record and records is None:
+            raise ValueError(
+                f"record holds {name!r}, which the state lacks; the interrupted call must record "
+                "it as well."
+            )
 
 
 def _setup(
@@ -193,6 +250,7 @@ def _setup(
     prompt_mask_BP: Array,
     key: Array,
     numbers: Numbers,
+    draws: Draws,
     model: Transformer,
     decode: DecodeConfig,
     method: CacheMethod,
@@ -211,8 +269,11 @@ def _setup(
         params=params,
         valid_BL=jnp.concatenate([prompt_mask_BP, jnp.ones_like(masks_BG, bool)], axis=1),
         key_B=key,
+        order_BL=None if draws.order is None else jnp.asarray(draws.order, jnp.float32),
         numbers=numbers,
     )
+    if setup.order_BL is None:
+        setup = dataclasses.replace(setup, order_BL=draw_order(setup))
     return setup, jnp.concatenate([prompt_BP, masks_BG], axis=1)
 
 
@@ -223,28 +284,35 @@ def _generate(
     prompt_mask_BP: Array,
     key: Array,
     numbers: Numbers,
+    draws: Draws,
     model: Transformer,
     decode: DecodeConfig,
     method: CacheMethod,
     *,
     record: tuple[str, ...],
+    state: DecodeState | None = None,
     driver: str | None = None,
 ) -> GenerateOutput:
     setup, tokens_BL = _setup(
-        params, prompt_BP, prompt_mask_BP, key, numbers, model, decode, method
+        params, prompt_BP, prompt_mask_BP, key, numbers, draws, model, decode, method
     )
-    state = begin(setup, tokens_BL, record)
+    if state is None:
+        state = begin(setup, tokens_BL, record)
+    elif setup.fixed_length:
+        driver = "while"  # how many forwards are left depends on the state
     variants = method.variants(setup.geo)
     if driver is None:
         driver = "scan" if setup.fixed_length and len(variants) == 1 else "while"
     state = _DRIVERS[driver](setup, state, variants)
+    ran_T = state.variant_T >= 0
+    slots_T = jnp.where(ran_T, jnp.asarray(setup.slots)[state.variant_T], 0.0)
     frames = None
     if "history" in record:
         frames = history.frames(
             state.tokens_BL,
             state.committed_at_BL,
             mask_id=model.config.mask_id,
-            forwards=setup.max_forwards,
+            forwards=setup.most_forwards,
         )
     return GenerateOutput(
         tokens=state.tokens_BL,
@@ -252,7 +320,12 @@ def _generate(
         confidence=state.confidence_BL,
         nfe=state.nfe,
         history=frames,
+        positions_asked=state.asked_TB,
+        positions_computed=jnp.broadcast_to(slots_T[:, None], state.asked_TB.shape),
+        variant=state.variant_T,
         computed=state.computed_TBL,
+        computed_layers=(None if state.layer_sets is None else jnp.stack(state.layer_sets, axis=2)),
+        state=state if "state" in record else None,
     )
 
 
@@ -260,7 +333,7 @@ def _scan(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> De
     """Every step has the same shape and their number is known."""
     (variant,) = variants
     state, _ = jax.lax.scan(
-        lambda state, _: (step(setup, state, variant), None), state, length=setup.max_forwards
+        lambda state, _: (step(setup, state, variant), None), state, length=setup.most_forwards
     )
     return state
 
@@ -268,19 +341,16 @@ def _scan(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> De
 def _while(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> DecodeState:
     """Until all rows are done; an inner loop per step shape, so that no branch copies the cache."""
 
-    def unfinished(state: DecodeState) -> Bool[Array, ""]:
-        return ~finished(setup, state) & (state.nfe < setup.max_forwards)
-
     def sweep(state: DecodeState) -> DecodeState:
         for i, variant in enumerate(variants):
             state = jax.lax.while_loop(
-                lambda state, i=i: unfinished(state) & (state.variant == i),
+                lambda state, i=i: unfinished(setup, state) & (state.variant == i),
                 functools.partial(step, setup, variant=variant),
                 state,
             )
         return state
 
-    return jax.lax.while_loop(unfinished, sweep, state)
+    return jax.lax.while_loop(functools.partial(unfinished, setup), sweep, state)
 
 
 _DRIVERS = {"scan": _scan, "while": _while}

@@ -49,6 +49,7 @@ class Result:
       frames: `[step][row]` the ids after every model forward, over the same positions as
         `Answer.ids`; None unless asked for.
       nfe: model forwards.
+      positions: positions that a forward computed per row, mean over the forwards.
       compile_seconds: time spent on tracing and compiling; 0 if the program was there already.
       seconds: time spent on decoding.
     """
@@ -56,6 +57,7 @@ class Result:
     answers: list[Answer]
     frames: list[list[list[int]]] | None
     nfe: int
+    positions: float
     compile_seconds: float
     seconds: float
 
@@ -180,7 +182,10 @@ class Engine:
         if out.history is not None:
             frames = [self._cut(canvas_BL, rows) for canvas_BL in np.asarray(out.history)[:nfe]]
         ids, committed_at = self._cut(out.tokens, rows), self._cut(out.committed_at, rows)
-        return self._result(ids, committed_at, frames, nfe, compiled - start, done - compiled)
+        positions = float(np.asarray(out.positions_computed)[:nfe].mean())
+        return self._result(
+            ids, committed_at, frames, nfe, positions, compiled - start, done - compiled
+        )
 
     def _stepwise(
         self,
@@ -205,18 +210,26 @@ class Engine:
         with self._progress("compiling"):
             next(stream())
         compile_seconds = time.perf_counter() - start
-        snapshots = []
+        snapshots, positions = [], []
         seconds = 0.0
         start = time.perf_counter()
         for frame in stream():
-            snapshots.append(Snapshot(frame.step, *(self._cut(array, rows) for array in frame[1:])))
+            canvas = (frame.tokens, frame.committed_at, frame.confidence)
+            snapshots.append(Snapshot(frame.step, *(self._cut(array, rows) for array in canvas)))
+            positions.append(frame.positions_computed)
             seconds += time.perf_counter() - start
             draw(snapshots[-1])
             start = time.perf_counter()
         last = snapshots[-1]
         frames = [snapshot.ids for snapshot in snapshots] if self._history else None
         return self._result(
-            last.ids, last.committed_at, frames, len(snapshots), compile_seconds, seconds
+            last.ids,
+            last.committed_at,
+            frames,
+            len(snapshots),
+            sum(positions) / len(positions),
+            compile_seconds,
+            seconds,
         )
 
     def _generate(self, params: Any, ids_BP: Any, mask_BP: Any, key: jax.Array) -> Any:
@@ -244,11 +257,12 @@ class Engine:
         committed_at: list[list[int]],
         frames: list[list[list[int]]] | None,
         nfe: int,
+        positions: float,
         compile_seconds: float,
         seconds: float,
     ) -> Result:
         answers = [self._answer(*row) for row in zip(ids, committed_at, strict=True)]
-        return Result(answers, frames, nfe, compile_seconds, seconds)
+        return Result(answers, frames, nfe, positions, compile_seconds, seconds)
 
     def _answer(self, ids: list[int], committed_at: list[int]) -> Answer:
         config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer

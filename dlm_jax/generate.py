@@ -128,8 +128,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-p", type=_number, metavar="X", help="nucleus filter, in (0, 1] [off]")
     add("--top-k", type=int, metavar="K", help="draw from the K most probable tokens [off]")
     add("--seed", type=_seed, default=0, metavar="N", help="seed of the sampling [0]")
-    add("--cache", default="none", metavar="NAME", help="cache method [none]")
-    add("--cache-args", type=_pairs, default={}, metavar="K=V,...", help="its arguments")
+    add(
+        "--cache",
+        default="none",
+        metavar="NAME",
+        help="none, dkv-decode, dkv-greedy, dkv-prefill, dkv-pd, prefix, dual, dllm or d2cache "
+        "[none]",
+    )
+    add(
+        "--cache-args",
+        type=_pairs,
+        default={},
+        metavar="K=V,...",
+        help="arguments of the cache, as kp=25,kr=5,rou=0.25",
+    )
 
     add = parser.add_argument_group("output").add_argument
     add("--json", action="store_true", help="one JSON object per prompt and line")

@@ -14,6 +14,7 @@ class Geometry:
       steps: denoising steps over the whole generation, a multiple of `num_blocks`; None where the
         schedule counts tokens instead.
       shift: the prediction for position p is read at p - shift.
+      quota: the most tokens that the schedule commits in one step, as long as no step falls short.
     """
 
     prompt: int
@@ -21,6 +22,7 @@ class Geometry:
     block: int
     steps: int | None
     shift: int
+    quota: int = 1
 
     def __post_init__(self) -> None:
         if self.prompt < 1:

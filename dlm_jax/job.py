@@ -89,6 +89,7 @@ class Job:
             infill=any(config.mask_id in row for row in rows),
         )
         method = cache.make(args.cache, **args.cache_args)
+        method.check(config, decode)
         check_rows(rows, config, decode)
         engine = Engine(
             checkpoint.load(directory, dtype=args.dtype),
@@ -155,7 +156,8 @@ class Job:
         return (
             f"{result.tokens} tokens in {result.seconds:.2f} s "
             f"({result.tokens_per_second:.1f} tokens/s), compiled in {result.compile_seconds:.1f} "
-            f"s; {self._steps} denoising steps, {result.nfe} model forwards"
+            f"s; {self._steps} denoising steps, {result.nfe} model forwards of "
+            f"{result.positions:.1f} positions"
         )
 
     @property
@@ -177,6 +179,7 @@ class Job:
                     "compile_seconds": round(result.compile_seconds, 6),
                     "steps": self._steps,
                     "forwards": result.nfe,
+                    "positions_per_forward": round(result.positions, 3),
                 },
             }
         )

@@ -2,7 +2,8 @@
 
 Cache methods speak of *sets of positions* (`Bool[L]`). A compiled step needs a static number of
 query slots, so a set is packed into `capacity` indices, in ascending order, and the rest is filled
-with the sentinel `L`. Gathers clip the sentinel (the value is never used), scatters drop it.
+with the sentinel `L`. Gathers clip the sentinel (the value is never used), scatters drop it. At
+full capacity every position keeps its own slot.
 """
 
 from typing import NamedTuple
@@ -17,7 +18,7 @@ class Queries(NamedTuple):
     """The positions that enter the network in one forward.
 
     Attributes:
-      index_BQ: absolute slots, ascending; `L` marks an empty query slot.
+      index_BQ: absolute slots, ascending where they are not empty; `L` marks an empty query slot.
       position_BQ: rotary positions of those slots, counted from a row's first real token.
       valid_BL: slots that hold a real token or a mask; the others are padding and never attended.
     """
@@ -51,8 +52,13 @@ def every(valid_BL: Bool[Array, "B L"]) -> Queries:
 
 
 def pack_index(mask_BL: Bool[Array, "B L"], capacity: int) -> Int[Array, "B Q"]:
-    """The indices of the true entries of each row, ascending, padded with L to `capacity`."""
+    """The indices of the true entries of each row, ascending, and L in the rest of `capacity`.
+
+    At the front; at full capacity (L) each at its own place.
+    """
     length = mask_BL.shape[1]
+    if capacity == length:
+        return jnp.where(mask_BL, jnp.arange(length, dtype=jnp.int32)[None], jnp.int32(length))
 
     def row(mask_L: Array) -> Array:
         return jnp.nonzero(mask_L, size=capacity, fill_value=length)[0].astype(jnp.int32)
@@ -87,3 +93,14 @@ def scatter(values_BLx: Array, updates_BQx: Array, index_BQ: Int[Array, "B Q"]) 
         )
 
     return jax.vmap(row)(values_BLx, updates_BQx, index_BQ)
+
+
+def scatter_heads(values_BKLH: Array, updates_BQKH: Array, index_BQ: Int[Array, "B Q"]) -> Array:
+    """`scatter` into an array with the heads before the slots."""
+
+    def row(values_KLH: Array, updates_QKH: Array, index_Q: Array) -> Array:
+        return values_KLH.at[:, index_Q].set(
+            updates_QKH.swapaxes(0, 1).astype(values_KLH.dtype), mode="drop", unique_indices=True
+        )
+
+    return jax.vmap(row)(values_BKLH, updates_BQKH, index_BQ)

@@ -28,10 +28,15 @@ class Candidates(NamedTuple):
 
 
 class Measure(NamedTuple):
-    """A way to be sure: `score` ranks positions, and `report(score)` is told as the confidence."""
+    """A way to be sure: `score` ranks positions, and `report(score)` is told as the confidence.
+
+    Where `drawn`, positions are filled in an order that was drawn in advance instead, and the score
+    is only reported.
+    """
 
     score: Callable[[Candidates], Array]
     report: Callable[[Array], Array] = lambda score: score
+    drawn: bool = False
 
 
 def log_probability(c: Candidates) -> Float[Array, "*W"]:
@@ -67,6 +72,7 @@ ALGORITHMS: dict[str, Measure] = {
     "maskgit_plus": Measure(probability),
     "topk_margin": Measure(margin),
     "entropy": Measure(negative_entropy),
+    "random": Measure(log_probability, report=jnp.exp, drawn=True),
 }
 """Name -> measure; higher is surer."""
 

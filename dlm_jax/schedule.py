@@ -2,6 +2,8 @@
 
 A schedule is a pure function of a row's progress in its block: `(masks at the block's start, masks
 now, step within the block) -> quota`. What cannot depend on data is a numpy table made once.
+Should a block still hold masks after its last step, because a cache did not let all of a quota be
+read, they are filled as fast as can be.
 """
 
 from collections.abc import Callable
@@ -20,10 +22,12 @@ class Schedule(NamedTuple):
     Attributes:
       quota: see the module's docstring; vectorised over rows.
       forwards: forwards that fill a block of the given number of masks.
+      most: the largest quota in doing so.
     """
 
     quota: Callable[[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]], Int[Array, " B"]]
     forwards: Callable[[int], int]
+    most: Callable[[int], int]
 
 
 def even(geo: Geometry, **_: object) -> Schedule:
@@ -31,10 +35,10 @@ def even(geo: Geometry, **_: object) -> Schedule:
     steps = geo.steps_per_block
 
     def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
-        del masks_B
-        return start_B // steps + (step_B < start_B % steps).astype(start_B.dtype)
+        share_B = start_B // steps + (step_B < start_B % steps).astype(start_B.dtype)
+        return jnp.where(step_B < steps, share_B, masks_B)
 
-    return Schedule(quota, lambda masks: min(steps, masks))
+    return Schedule(quota, lambda masks: min(steps, masks), lambda masks: -(-masks // steps))
 
 
 def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
@@ -42,14 +46,22 @@ def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
 
     The product is truncated to an integer, so early steps may commit nothing; the last takes all.
     """
-    share = jnp.asarray(time_shares(geo.steps_per_block, eps))
+    shares = time_shares(geo.steps_per_block, eps)
+    share = jnp.asarray(shares)
 
     def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
         del start_B
         step_B = jnp.minimum(step_B, share.shape[0] - 1)
         return jnp.floor(masks_B.astype(jnp.float32) * share[step_B]).astype(jnp.int32)
 
-    return Schedule(quota, lambda masks: geo.steps_per_block)
+    def most(masks: int) -> int:
+        largest = 0
+        for part in shares:
+            taken = int(np.floor(np.float32(masks) * part))
+            largest, masks = max(largest, taken), masks - taken
+        return largest
+
+    return Schedule(quota, lambda masks: geo.steps_per_block, most)
 
 
 def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:
@@ -60,7 +72,11 @@ def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:
         del start_B, step_B
         return jnp.minimum(num_transfer_tokens, masks_B)
 
-    return Schedule(quota, lambda masks: -(-masks // num_transfer_tokens))
+    return Schedule(
+        quota,
+        lambda masks: -(-masks // num_transfer_tokens),
+        lambda masks: min(masks, num_transfer_tokens),
+    )
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {"even": even, "timestep": timestep, "fixed": fixed}

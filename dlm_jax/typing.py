@@ -1,7 +1,7 @@
 """The letters for axes, and the array types that public signatures are written in.
 
 Every shape in the project is spelled with these letters, in names (`tokens_BL`), in einsums
-(`"BQKRH,BLKH->BKRQL"`) and in annotations:
+(`"BKRQH,BKLH->BKRQL"`) and in annotations:
 
 | letter | axis |
 |---|---|

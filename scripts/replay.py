@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +26,35 @@ import jax
 import numpy as np
 
 import dlm_jax
-from dlm_jax.cache import CacheMethod, NoCache
+from dlm_jax.cache import (
+    DKVPD,
+    CacheMethod,
+    D2Cache,
+    DKVDecode,
+    DKVGreedy,
+    DKVPrefill,
+    DLLMCache,
+    Dual,
+    NoCache,
+    Prefix,
+)
+from dlm_jax.cache.dkv import SHIFT_TYPES
 from dlm_jax.config import DecodeConfig
+from dlm_jax.decode import Draws
 from dlm_jax.models import Config
 from dlm_jax.typing import Params
 
 AS_RECORDED = dict(ban_mask=False, lockstep=True)
 """The originals do not ban the mask token, and let a batch leave a block together."""
+
+NO_CACHE = NoCache()
+
+D2CACHE_DEFECTS = (
+    "src/cache/d2cache.py:198",
+    "src/generation/utils.py:196",
+    "src/generation/vanilla.py:81",
+)
+"""Where d2Cache's original must have been mended for its runs to be the method's."""
 
 
 class Unsupported(Exception):
@@ -44,6 +67,7 @@ class Run:
 
     decode: DecodeConfig
     cache: CacheMethod
+    draws: Draws = Draws()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +97,7 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
     """Runs one case; returns `passed`, `failed` or `unsupported`, and why."""
     model, params = _load(checkpoints / case["model"])
     mask = case["prompt_mask"]
+    extra = ("computed_layers",) if "computed_layers" in case["expected"] else ()
     try:
         run = translate(case, model.config)
         out = dlm_jax.diffusion_generate(
@@ -83,7 +108,8 @@ def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
             key=jax.random.key(0),
             decode=run.decode,
             cache=run.cache,
-            record=("computed", "history"),
+            record=("computed", *extra, "history"),
+            draws=run.draws,
         )
     except Unsupported as reason:
         return "unsupported", str(reason)
@@ -117,66 +143,128 @@ def translate(case: dict[str, Any], config: Config) -> Run:
     try:
         # Noise is not recorded.
         _only(args, "temperature", (0.0,))
-        return read(args)
+        return read(case)
     except KeyError as error:
         raise ValueError(f"argument {error} of {entry} is missing") from error
 
 
-def _llada_loop(args: dict[str, Any]) -> Run:
+def _llada_loop(case: dict[str, Any]) -> Run:
     """`generate` of dKV-Cache's plain LLaDA loop."""
+    args = case["args"]
     _only(args, "enable_cache", (None, False))
-    _only(args, "cfg_scale", (0.0,))
+    return Run(_llada_decode(args, _remasking(args)), NoCache())
+
+
+def _llada_dkv_decode(case: dict[str, Any]) -> Run:
+    """`generate` of dKV-Cache-Decode: the plain loop with a cache."""
+    args = case["args"]
+    _only(args, "enable_cache", (False, True))
+    cache = DKVDecode(cache_steps=args["cache_reloading_step"])
+    return Run(_llada_decode(args, _remasking(args)), cache if args["enable_cache"] else NoCache())
+
+
+def _llada_dkv_greedy(case: dict[str, Any]) -> Run:
+    """`generate` of dKV-Cache-Greedy: the order in a block is drawn when the block begins."""
+    args = case["args"]
+    _only(args, "enable_cache", (False, True))
+    _only(args, "remasking", ("random",))
+    cache = DKVGreedy(cache_steps=args["cache_reloading_step"], window_size=args["window_size"])
     return Run(
-        DecodeConfig(
-            **AS_RECORDED,
-            gen_length=args["gen_length"],
-            block_length=args["block_length"],
-            steps=args["steps"],
-            schedule="even",
-            leave_early=False,
-            alg=_remasking(args),
-            temperature=args["temperature"],
-        ),
-        NoCache(),
+        _llada_decode(args, args["remasking"]),
+        cache if args["enable_cache"] else NoCache(),
+        Draws(order=_recorded_order(case)),
     )
 
 
-def _fast_dllm_llada(args: dict[str, Any]) -> Run:
-    """`generate` of Fast-dLLM: leaves a block when it is full."""
+def _dllm_original(case: dict[str, Any]) -> Run:
+    """`generate` of the original dLLM-Cache: the plain LLaDA loop over hooked layers."""
+    args = case["args"]
+    if case["prompt_mask"] is not None and not np.all(case["prompt_mask"]):
+        # Its hooks attend to padding.
+        raise Unsupported("prompt_mask with padding")
+    _only(args, "attention_mask", ("all ones (B x P)",))
+    options = {"cfg_interval_steps", "gen_interval_steps", "hook", "prompt_interval_steps"}
+    cache = _cache_options(args, dLLMCache=options | {"transfer_ratio"})
+    _only(cache, "hook", ("register_cache_LLaDA(model, 'model.transformer.blocks')",))
+    return Run(
+        _llada_decode(args, _remasking(args)),
+        DLLMCache(
+            kp=cache["prompt_interval_steps"],
+            kr=cache["gen_interval_steps"],
+            rou=cache["transfer_ratio"],
+        ),
+    )
+
+
+def _fast_dllm_llada(case: dict[str, Any], cache: CacheMethod = NO_CACHE) -> Run:
+    """`generate` of Fast-dLLM and its twins with a cache: leaves a block when it is full."""
+    args = case["args"]
     _only(args, "threshold", (None,))
-    run = _llada_loop(args | dict(cfg_scale=0.0))
-    return dataclasses.replace(run, decode=dataclasses.replace(run.decode, leave_early=True))
+    return Run(_llada_decode(args, _remasking(args), leave_early=True), cache)
 
 
-def _dream_loop(args: dict[str, Any]) -> Run:
-    """`diffusion_generate` of Dream, as dKV-Cache and Fast-dLLM ship it, without a cache."""
-    _only(args, "use_cache", (None, False))
-    _only(args, "num_return_sequences", (1,))
-    _only(args, "alg_temp", (None, 0.0))
-    # Fast-dLLM's threshold is only read by its algorithm "confidence_threshold".
-    _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy"))
-    return Run(
-        DecodeConfig(
-            **AS_RECORDED,
-            gen_length=args["max_new_tokens"],
-            steps=args["steps"],
-            schedule="timestep",
-            eps=args["eps"],
-            leave_early=False,
-            alg=args["alg"],
-            temperature=args["temperature"],
-            top_p=args["top_p"],
-            top_k=args["top_k"],
-            infill=True,
-        ),
-        NoCache(),
-    )
+def _fast_dllm_llada_prefix(case: dict[str, Any]) -> Run:
+    """`generate_with_prefix_cache` of Fast-dLLM."""
+    return _fast_dllm_llada(case, Prefix())
 
 
-def _d2_framework(args: dict[str, Any]) -> Run:
+def _fast_dllm_llada_dual(case: dict[str, Any]) -> Run:
+    """`generate_with_dual_cache` of Fast-dLLM."""
+    return _fast_dllm_llada(case, Dual())
+
+
+def _dream_loop(case: dict[str, Any]) -> Run:
+    """`diffusion_generate` of Dream, as dKV-Cache and Fast-dLLM ship it."""
+    args = case["args"]
+    _only(args, "use_cache", (None, False, True))
+    decode = _dream_decode(args, infill=True)
+    if not args.get("use_cache"):
+        return Run(decode, NoCache())
+    _only(args, "cache_type", ("decoded", "prefill"))
+    if args["cache_type"] == "prefill":
+        return Run(decode, DKVPrefill())
+    _only(args, "shift_type", SHIFT_TYPES)
+    return Run(decode, DKVDecode(cache_steps=args["cache_steps"], shift_type=args["shift_type"]))
+
+
+def _dream_dkv_pd(case: dict[str, Any]) -> Run:
+    """`diffusion_generate` of dKV-Cache-PD."""
+    args = case["args"]
+    _only(args, "use_cache", (True,))
+    _only(args, "cache_type", ("pd", "prefill"))
+    decode = _dream_decode(args, infill=True)
+    if args["cache_type"] == "prefill":
+        return Run(decode, DKVPrefill())
+    _only(args, "shift_type", (None, *SHIFT_TYPES))
+    if args["shift_type"] is None:
+        # Without a rule for what is decoded, only the prompt is ever kept.
+        return Run(decode, DKVPrefill())
+    return Run(decode, DKVPD(cache_steps=args["cache_steps"], shift_type=args["shift_type"]))
+
+
+def _fast_dllm_dream_block(case: dict[str, Any]) -> Run:
+    """`diffusion_generate` of Fast-dLLM's Dream with prefix or dual cache."""
+    args = case["args"]
+    decode = _dream_decode(args, block_length=args["block_length"], leave_early=True)
+    blocks = 1
+    if args["block_length"] is not None:
+        blocks = args["max_new_tokens"] // args["block_length"]
+    if args["steps"] == blocks:
+        raise Unsupported(
+            f"steps={args['steps']}: with one step per block the original leaves masks behind"
+        )
+    _only(args, "dual_cache", (False, True))
+    if not _mended(case, "dream/model/generation_utils_block.py:532"):
+        # The original passes its scoring function the same flags whatever the argument says.
+        decode = dataclasses.replace(decode, alg="entropy")
+    method = Dual if args["dual_cache"] else Prefix
+    return Run(decode, method(block_start="first-column"))
+
+
+def _d2_framework(case: dict[str, Any]) -> Run:
     """The `vanilla` strategy of the d2Cache framework."""
+    args = case["args"]
     _only(args, "strategy", ("vanilla",))
-    _only(args, "cache", (None,))
     for name in ("sigma", "gamma", "clip_alpha", "threshold", "factor"):
         _only(args, name, (None,))
     for name in ("debias", "stop_until_eos"):
@@ -193,32 +281,75 @@ def _d2_framework(args: dict[str, Any]) -> Run:
             top_p=args["top_p"],
             top_k=args["top_k"],
         ),
-        NoCache(),
+        _d2_framework_cache(case),
+    )
+
+
+def _d2_framework_cache(case: dict[str, Any]) -> CacheMethod:
+    if case["args"]["cache"] is None:
+        return NoCache()
+    options = _cache_options(
+        case["args"],
+        PrefixCache={"use_dual"},
+        dLLMCache={"kp", "kr", "rou"},
+        d2Cache={"current_k", "inflate_w", "rollout_p", "sigma"},
+    )
+    match options.pop("class"):
+        case "PrefixCache":
+            return Dual() if options["use_dual"] else Prefix()
+        case "dLLMCache":
+            return DLLMCache(kp=options["kp"], kr=options["kr"], rou=options["rou"])
+    if not all(_mended(case, place) for place in D2CACHE_DEFECTS):
+        raise Unsupported("cache.class=d2Cache: the case records defects of the original")
+    return D2Cache(
+        rollout_p=options["rollout_p"],
+        current_k=options["current_k"],
+        sigma=options["sigma"],
+        inflate_w=options["inflate_w"],
     )
 
 
 _ENTRIES: dict[str, Callable[[dict[str, Any]], Run]] = {
     # dKV-Cache
     "generation_utils.llada_generate.generate": _llada_loop,
+    "generation_utils.llada_dkv_cache_decode.generate": _llada_dkv_decode,
+    "generation_utils.llada_dkv_cache_greedy.generate": _llada_dkv_greedy,
     "generation_utils.dream_generation_utils.DreamGenerationMixin.diffusion_generate": _dream_loop,
+    "generation_utils.dream_generation_utils_pd.DreamGenerationMixin.diffusion_generate": (
+        _dream_dkv_pd
+    ),
+    # dLLM-Cache
+    "utils.generate_function.generate": _dllm_original,
     # Fast-dLLM
     "llada.generate.generate": _fast_dllm_llada,
+    "llada.generate.generate_with_prefix_cache": _fast_dllm_llada_prefix,
+    "llada.generate.generate_with_dual_cache": _fast_dllm_llada_dual,
     "dream.model.generation_utils.DreamGenerationMixin.diffusion_generate": _dream_loop,
+    "dream.model.generation_utils_block.DreamGenerationMixin.diffusion_generate": (
+        _fast_dllm_dream_block
+    ),
     # d2Cache framework
     "src.generation.vanilla.vanilla_generate": _d2_framework,
 }
-"""What a case's `source.entry` names -> how its arguments are read."""
+"""What a case's `source.entry` names -> how the case is read."""
 
+_LLADA = {"block_length", "gen_length", "remasking", "steps", "temperature"}
 _HUGGING_FACE = {"alg", "alg_temp", "bos_token_id", "eos_token_id", "eps", "max_new_tokens"}
 _HUGGING_FACE |= {"num_return_sequences", "output_history", "pad_token_id"}
 _HUGGING_FACE |= {"return_dict_in_generate", "steps", "temperature", "top_k", "top_p"}
 _ARGUMENTS: dict[Callable[[dict[str, Any]], Run], set[str]] = {
-    _llada_loop: {"block_length", "cfg_scale", "enable_cache", "gen_length", "remasking", "steps"}
-    | {"temperature"},
-    _fast_dllm_llada: {"block_length", "gen_length", "remasking", "steps", "temperature"}
-    | {"threshold"},
+    _llada_loop: _LLADA | {"cfg_scale", "enable_cache"},
+    _llada_dkv_decode: _LLADA | {"cache_reloading_step", "cfg_scale", "enable_cache"},
+    _llada_dkv_greedy: _LLADA
+    | {"cache_reloading_step", "cfg_scale", "enable_cache", "window_size"},
+    _dllm_original: _LLADA | {"attention_mask", "cache", "cfg_scale"},
+    _fast_dllm_llada: _LLADA | {"threshold"},
+    _fast_dllm_llada_prefix: _LLADA | {"threshold"},
+    _fast_dllm_llada_dual: _LLADA | {"threshold"},
     _dream_loop: _HUGGING_FACE
     | {"cache_steps", "cache_type", "shift_type", "threshold", "use_cache"},
+    _dream_dkv_pd: _HUGGING_FACE | {"cache_steps", "cache_type", "shift_type", "use_cache"},
+    _fast_dllm_dream_block: _HUGGING_FACE | {"block_length", "dual_cache", "threshold"},
     _d2_framework: {"alg", "attn_implementation", "block_length", "cache", "clip_alpha", "debias"}
     | {"eos_token_id", "factor", "gamma", "gen_length", "num_transfer_tokens", "output_probs"}
     | {"output_hidden_states", "pad_token_id", "sigma", "stop_until_eos", "strategy"}
@@ -231,9 +362,78 @@ other argument makes a case unsupported.
 """
 
 
+def _llada_decode(args: dict[str, Any], alg: str, *, leave_early: bool = False) -> DecodeConfig:
+    _only(args, "cfg_scale", (0.0,))
+    return DecodeConfig(
+        **AS_RECORDED,
+        gen_length=args["gen_length"],
+        block_length=args["block_length"],
+        steps=args["steps"],
+        schedule="even",
+        leave_early=leave_early,
+        alg=alg,
+        temperature=args["temperature"],
+    )
+
+
+def _dream_decode(
+    args: dict[str, Any],
+    *,
+    block_length: int | None = None,
+    infill: bool = False,
+    leave_early: bool = False,
+) -> DecodeConfig:
+    _only(args, "num_return_sequences", (1,))
+    _only(args, "alg_temp", (None, 0.0))
+    # Fast-dLLM's threshold is only read by its algorithm "confidence_threshold".
+    _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy"))
+    return DecodeConfig(
+        **AS_RECORDED,
+        gen_length=args["max_new_tokens"],
+        block_length=block_length,
+        steps=args["steps"],
+        schedule="timestep",
+        eps=args["eps"],
+        leave_early=leave_early,
+        alg=args["alg"],
+        temperature=args["temperature"],
+        top_p=args["top_p"],
+        top_k=args["top_k"],
+        infill=infill,
+    )
+
+
+def _recorded_order(case: dict[str, Any]) -> np.ndarray:
+    """`[B, L]`: the place of every generated position in the order of its block."""
+    rows, prompt = np.shape(case["prompt"])
+    block = case["args"]["block_length"]
+    place_BL = np.zeros((rows, prompt + case["args"]["gen_length"]), np.float32)
+    for start, orders in zip(range(prompt, place_BL.shape[1], block), case["order"], strict=True):
+        for row, order in enumerate(orders):
+            if sorted(order) != list(range(start, start + block)):
+                raise ValueError(f"The order from position {start} on does not hold its block.")
+            place_BL[row, order] = np.arange(block)
+    return place_BL
+
+
 def _remasking(args: dict[str, Any]) -> str:
     _only(args, "remasking", ("low_confidence",))
     return args["remasking"]
+
+
+def _mended(case: dict[str, Any], place: str) -> bool:
+    """Whether the recorded original was mended at `place`, a file and its first line."""
+    return any(re.match(rf"{re.escape(place)}\b", mend) for mend in case["source"]["mended"])
+
+
+def _cache_options(args: dict[str, Any], **known: set[str]) -> dict[str, Any]:
+    """The recorded cache's options; `known` names the classes and what each of them takes."""
+    options = dict(args["cache"])
+    if options["class"] not in known:
+        raise Unsupported(f"cache.class={options['class']}")
+    for name in sorted(set(options) - known[options["class"]] - {"class"}):
+        raise Unsupported(f"cache.{name}={options[name]}")
+    return options
 
 
 def _only(args: dict[str, Any], name: str, values: tuple[Any, ...]) -> None:
@@ -249,17 +449,16 @@ def compare(case: dict[str, Any], out: dlm_jax.GenerateOutput) -> str:
     expected = case["expected"]
     if int(out.nfe) != expected["nfe"]:
         return f"{int(out.nfe)} model forwards, recorded {expected['nfe']}"
-    for name in ("history", "computed"):
-        if len(expected[name]) != expected["nfe"]:
+    for name in ("history", "computed", "computed_layers"):
+        if name in expected and len(expected[name]) != expected["nfe"]:
             return f"{len(expected[name])} entries of {name} for {expected['nfe']} model forwards"
     generated = len(expected["tokens"][0]) - len(case["prompt"][0])
-    for step, (canvas, computed) in enumerate(
-        zip(expected["history"], expected["computed"], strict=True)
-    ):
-        found = _first_difference(out.history[step, :, -generated:], np.asarray(canvas))
-        if found:
-            return f"step {step}, {found}"
-        found = _computed_difference(case, out, step, computed)
+    for step, canvas in enumerate(expected["history"]):
+        found = (
+            _first_difference(out.history[step, :, -generated:], np.asarray(canvas))
+            or _computed_difference(case, out, step)
+            or _layers_difference(case, out, step)
+        )
         if found:
             return f"step {step}, {found}"
     found = _first_difference(out.tokens, np.asarray(expected["tokens"]))
@@ -279,32 +478,66 @@ def _first_difference(ours: np.ndarray, recorded: np.ndarray) -> str:
     )
 
 
-def _computed_difference(
-    case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int, recorded: list | None
-) -> str:
+def _computed_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int) -> str:
     """Compares the computed sets of one forward, for rows that still have something to fill."""
+    recorded = case["expected"]["computed"][step]
     rows, length = out.tokens.shape
-    mask = case["prompt_mask"]
-    if recorded is not None and len(recorded) != rows:
+    if recorded is None:
+        recorded = [None] * rows
+    if len(recorded) != rows:
         return f"computed sets of {len(recorded)} rows for {rows}"
-    for row, ours in enumerate(out.computed[step]):
-        if not ours.any():
-            # A row that is done with its block: some originals go on feeding it, some do not.
-            continue
-        valid = np.ones(length, bool)
-        if mask is not None:
-            valid[: len(mask[row])] = np.asarray(mask[row], bool)
-        positions = recorded[row] if recorded is not None else None
-        if positions is not None and positions != sorted(set(positions) & set(range(length))):
-            return f"row {row}: the recorded positions are no ascending list of positions"
-        wanted = np.ones(length, bool)
-        if positions is not None:
-            wanted = np.isin(np.arange(length), positions)
-        different = np.flatnonzero(ours != (wanted & valid))
-        if len(different):
-            verb = "computed" if ours[different[0]] else "not computed"
-            return f"row {row}, position {different[0]}: {verb}, unlike the recorded run"
+    for row in _active_rows(out, step):
+        found = _set_difference(out.computed[step, row], recorded[row], _valid(case, row, length))
+        if found:
+            return f"row {row}{found}"
     return ""
+
+
+def _layers_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int) -> str:
+    """The same for the sets of every layer, where they are recorded."""
+    if "computed_layers" not in case["expected"]:
+        return ""
+    recorded = case["expected"]["computed_layers"][step]
+    _, rows, layers, length = out.computed_layers.shape
+    if len(recorded) != rows:
+        return f"computed sets of {len(recorded)} rows for {rows}"
+    for row in _active_rows(out, step):
+        if len(recorded[row]) != layers:
+            return f"row {row}: computed sets of {len(recorded[row])} layers for {layers}"
+        for layer, positions in enumerate(recorded[row]):
+            ours = out.computed_layers[step, row, layer]
+            found = _set_difference(ours, positions, _valid(case, row, length))
+            if found:
+                return f"row {row}, layer {layer}{found}"
+    return ""
+
+
+def _active_rows(out: dlm_jax.GenerateOutput, step: int) -> list[int]:
+    """Rows that compute something; of those done with their block, some originals still feed."""
+    return np.flatnonzero(out.computed[step].any(axis=-1)).tolist()
+
+
+def _valid(case: dict[str, Any], row: int, length: int) -> np.ndarray:
+    """Which positions of a row are not padding."""
+    valid = np.ones(length, bool)
+    if case["prompt_mask"] is not None:
+        mask = np.asarray(case["prompt_mask"][row], bool)
+        valid[: len(mask)] = mask
+    return valid
+
+
+def _set_difference(ours: np.ndarray, positions: list[int] | None, valid: np.ndarray) -> str:
+    """Compares a set of ours with recorded positions; None are all."""
+    wanted = valid
+    if positions is not None:
+        if positions != sorted(set(positions) & set(range(len(ours)))):
+            return ": the recorded positions are no ascending list of positions"
+        wanted = valid & np.isin(np.arange(len(ours)), positions)
+    different = np.flatnonzero(ours != wanted)
+    if not len(different):
+        return ""
+    verb = "computed" if ours[different[0]] else "not computed"
+    return f", position {different[0]}: {verb}, unlike the recorded run"
 
 
 # --- Files ---------------------------------------------------------------------------------------

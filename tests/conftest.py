@@ -12,6 +12,8 @@ import pytest
 import dlm_jax
 from dlm_jax.models import Config, Transformer
 
+# The tests compile hundreds of tiny programs and run each once or twice.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -1,37 +1,34 @@
-"""What every cache method must keep, run over the method table.
+"""What every cache method must keep, run over the method table and both model families.
 
-Two methods that exist only here exercise the parts of the protocol that the shipped ones do not:
-K/V buffers, several step shapes, memory.
+A method that is added to the table is tested from then on; `PARAMETERS` holds values small enough
+for the canvases here. Calls share their shapes, so that they share their compiled programs.
 """
 
 import dataclasses
+import re
 from typing import ClassVar
 
 import chex
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
-from conftest import prompts, small
+from conftest import prompts, small, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import decode as decode_lib
 from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate, diffusion_stream
+from dlm_jax.decode import Draws, diffusion_generate, diffusion_stream
+from dlm_jax.models.base import Transformer
 
 KEY = jax.random.key(0)
-DECODE = DecodeConfig(gen_length=8, block_length=4, steps=8)
-
-
-@dataclasses.dataclass(frozen=True)
-class AlwaysRefresh(CacheMethod):
-    """Recomputes everything, through the K/V buffers."""
-
-    name: ClassVar[str] = "always-refresh"
-
-    def select(self, memory, row, geo):
-        return row.valid_L
+KEYS = jax.random.split(KEY, 2)
+PROMPT = prompts(2, 6, seed=2)
+MASK = np.array([[False, False, True, True, True, True], [True] * 6])
+FAMILIES = ["llada", "dream"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,106 +51,337 @@ class EveryOther(CacheMethod):
         return memory + 1
 
 
-METHODS = [*cache_lib.METHODS.values(), AlwaysRefresh, EveryOther]
+PARAMETERS = {
+    "dkv-decode": dict(cache_steps=3),
+    "dkv-greedy": dict(cache_steps=2, window_size=2),
+    "dllm": dict(kp=5, kr=3, rou=0.25),
+    "d2cache": dict(current_k=3, sigma=2.0, inflate_w=0),
+}
+"""Parameters other than the defaults."""
+ALWAYS_FRESH = [
+    cache_lib.DKVDecode(cache_steps=1),
+    cache_lib.DKVGreedy(cache_steps=1),
+    cache_lib.DLLMCache(kp=1, kr=1),
+    cache_lib.Prefix(),
+    cache_lib.Dual(),
+]
+"""Parameters with which no K/V is older than the step; the block caches with blocks of one."""
 
 
-@pytest.fixture(params=METHODS, ids=lambda method: method.name)
+def make(name: str) -> CacheMethod:
+    return cache_lib.make(name, **PARAMETERS.get(name, {}))
+
+
+@pytest.fixture(params=cache_lib.METHODS)
 def method(request) -> CacheMethod:
-    return request.param()
+    return make(request.param)
 
 
-def generate(family, prompt, mask=None, **arguments):
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+def decoding(method: CacheMethod, **changes) -> DecodeConfig:
+    alg = "random" if method.name == "dkv-greedy" else "low_confidence"
+    return DecodeConfig(**dict(gen_length=8, block_length=4, steps=8, alg=alg) | changes)
+
+
+def generate(family, method, prompt=PROMPT, mask=MASK, **arguments):
     model, params = small(family)
-    arguments = dict(key=KEY, decode=DECODE, record=("computed", "history")) | arguments
-    return jax.device_get(diffusion_generate(params, model, prompt, mask, **arguments))
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_always_refreshing_equals_no_cache(family):
-    prompt, mask = prompts(2, 5), np.array([[False, True, True, True, True], [True] * 5])
-    plain = generate(family, prompt, mask)
-    buffered = generate(family, prompt, mask, cache=AlwaysRefresh())
-    np.testing.assert_array_equal(plain.tokens, buffered.tokens)
-    np.testing.assert_array_equal(plain.committed_at, buffered.committed_at)
-    np.testing.assert_array_equal(plain.computed, buffered.computed)
-    np.testing.assert_allclose(plain.confidence, buffered.confidence, atol=1e-5)
-
-
-def test_rows_alone_and_in_a_batch(method):
-    prompt, mask = (
-        prompts(2, 6, seed=2),
-        np.array([[False, False, True, True, True, True], [True] * 6]),
+    arguments = (
+        dict(key=KEYS, decode=decoding(method), record=("computed", "computed_layers", "history"))
+        | arguments
     )
-    keys = jax.random.split(KEY, 2)
-    together = generate("dream", prompt, mask, cache=method, key=keys)
-    alone = generate("dream", prompt[:1, 2:], cache=method, key=keys[:1])
+    out = diffusion_generate(params, model, prompt, mask, cache=method, **arguments)
+    return jax.device_get(out)
+
+
+@pytest.mark.parametrize("method", ALWAYS_FRESH, ids=lambda method: method.name)
+def test_always_fresh_equals_no_cache(method):
+    decode = decoding(method, block_length=1 if isinstance(method, cache_lib.Prefix) else 4)
+    plain = generate("dream", cache_lib.NoCache(), decode=decode)
+    cached = generate("dream", method, decode=decode)
+    np.testing.assert_array_equal(plain.tokens, cached.tokens)
+    np.testing.assert_array_equal(plain.committed_at, cached.committed_at)
+    np.testing.assert_array_equal(plain.computed, cached.computed)
+    np.testing.assert_array_equal(plain.computed_layers, cached.computed_layers)
+    np.testing.assert_allclose(plain.confidence, cached.confidence, atol=1e-5)
+
+
+def test_rows_alone_and_in_a_batch(method, family):
+    together = generate(family, method)
+    alone = generate(family, method, PROMPT[:1, 2:], None, key=KEYS[:1])
+    n = int(alone.nfe)
     np.testing.assert_array_equal(together.tokens[0, 2:], alone.tokens[0])
-    np.testing.assert_array_equal(together.history[:, 0, 2:], alone.history[:, 0])
-    np.testing.assert_array_equal(together.computed[:, 0, 2:], alone.computed[:, 0])
-    assert not together.computed[:, 0, :2].any()
+    np.testing.assert_array_equal(together.history[:n, 0, 2:], alone.history[:n, 0])
+    np.testing.assert_array_equal(together.computed[:n, 0, 2:], alone.computed[:n, 0])
+    np.testing.assert_array_equal(
+        together.computed_layers[:n, 0, :, 2:], alone.computed_layers[:n, 0]
+    )
+    assert not together.computed[:, 0, :2].any(), "padding is never computed"
 
 
+def test_a_generation_is_complete_and_counted(method, family):
+    """Every forward computes what it may fill, no mask is left, and the counts are those sets'."""
+    out = generate(family, method)
+    n, shift = int(out.nfe), int(family == "dream")
+    assert (out.tokens[MASK.nonzero()] != 39).all() and (out.tokens[:, 6:] != 39).all()
+    np.testing.assert_array_equal(out.tokens[:, :6], PROMPT)
+    for step in range(n):
+        for row in range(2):
+            filled = np.flatnonzero(out.committed_at[row] == step)
+            assert out.computed[step, row, filled - shift].all()
+            assert len(filled), "this schedule fills something in every step"
+    np.testing.assert_allclose(
+        out.positions_asked[:n], out.computed_layers[:n].sum(-1).mean(-1), rtol=1e-6
+    )
+    assert (out.positions_computed[:n] >= out.positions_asked[:n]).all()
+    assert (out.positions_asked[n:] == 0).all() and (out.positions_computed[n:] == 0).all()
+
+
+@pytest.mark.parametrize("method", [*map(make, cache_lib.METHODS), EveryOther()])
 def test_drivers_agree(method):
     model, params = small("dream")
-    prompt = prompts(2, 5)
-    args = decode_lib._prepare(params, model, prompt, None, KEY, DECODE, method)
-    one = decode_lib._generate(*args, record=("computed",), driver="while")
-    if len(method.variants(DECODE.geometry(prompt=5, shift=1))) == 1:
-        other = decode_lib._generate(*args, record=("computed",), driver="scan")
+    decode = decoding(method)
+    one = generate("dream", method)
+    if len(method.variants(decode.geometry(prompt=6, shift=1))) == 1:
+        args = decode_lib._prepare(params, model, PROMPT, MASK, KEYS, decode, method, Draws())
+        other = decode_lib._generate(
+            *args, record=("computed", "computed_layers", "history"), driver="while"
+        )
         chex.assert_trees_all_equal(one, other)
-    frames = list(diffusion_stream(params, model, prompt, key=KEY, decode=DECODE, cache=method))
+    frames = list(
+        diffusion_stream(params, model, PROMPT, MASK, key=KEYS, decode=decode, cache=method)
+    )
     assert len(frames) == one.nfe
     np.testing.assert_array_equal(frames[-1].tokens, one.tokens)
     np.testing.assert_array_equal(frames[-1].committed_at, one.committed_at)
 
 
 def test_a_second_call_compiles_nothing(method, caplog):
-    generate("dream", prompts(1, 5), cache=method)
+    generate("dream", method)
     with jax.log_compiles(), caplog.at_level("WARNING"):
-        generate("dream", prompts(1, 5, seed=1), cache=method)
+        generate("dream", method, prompts(2, 6, seed=1))
     assert not [text for text in caplog.messages if "_generate" in text]
 
 
-def test_progress(method):
-    """Every forward of an unfinished row computes something that it may fill."""
-    out = generate("dream", prompts(1, 5), cache=method)
-    assert (out.tokens != 39).all()
-    for computed, canvas in zip(out.computed[1:], out.history[:-1], strict=True):
-        masked = np.flatnonzero(canvas[0] == 39)
-        assert computed[0][masked[0] - 1]  # Dream reads a mask's prediction one slot to the left
-
-
-def test_a_cached_step_writes_only_what_it_computes():
+@pytest.mark.parametrize("method", [*map(make, cache_lib.METHODS), EveryOther()])
+def test_what_is_not_computed_is_not_written(method):
+    """Bitwise; dLLM-Cache also keeps fresh values of the whole response, which is its method."""
     model, params = small("dream")
-    prompt = prompts(2, 5)
-    args = decode_lib._prepare(params, model, prompt, None, KEY, DECODE, EveryOther())
-    setup, tokens_BL = decode_lib._setup(*args)
-    state = decode_lib.begin(setup, tokens_BL)
-    variants = EveryOther().variants(setup.geo)
-    for expected in (1, 0, 1, 0):
+    args = decode_lib._prepare(params, model, PROMPT, MASK, KEY, decoding(method), method, Draws())
+    setup, tokens_BL = decode_lib._jit_setup(*args)
+    state = decode_lib.begin(
+        setup, tokens_BL, ("computed_layers",) if method.name == "dllm" else ()
+    )
+    variants = method.variants(setup.geo)
+    unwritten = 0
+    for step in range(6):
         before = state
-        assert int(state.variant) == expected
-        state = decode_lib._jit_step(setup, state, variants[expected])
-        kept_BL = ~np.asarray(before.selected_BL)
-        assert kept_BL.any() == (expected == 0)
-        pairs = list(zip(jax.tree.leaves(before.cache), jax.tree.leaves(state.cache), strict=True))
-        for old, new in pairs:
-            np.testing.assert_array_equal(np.asarray(old)[kept_BL], np.asarray(new)[kept_BL])
-        if expected == 1:  # a refresh sees the tokens committed since the last one
-            assert all((np.asarray(old) != np.asarray(new)).any() for old, new in pairs)
+        state = decode_lib._jit_step(setup, state, variants[int(state.variant)])
+        for layer, (old, new) in enumerate(zip(before.cache, state.cache, strict=True)):
+            computed_BL = before.selected_BL
+            if state.layer_sets is not None:
+                computed_BL = state.layer_sets[layer][step]
+            kept_BL = ~np.asarray(computed_BL)
+            for name in getattr(new, "_fields", ()):
+                if name == "v_BKLH" and method.name == "dllm":
+                    kept_BL = kept_BL & (np.arange(14) < 6)
+                old_x, new_x = np.asarray(getattr(old, name)), np.asarray(getattr(new, name))
+                if name.endswith("BKLH"):
+                    old_x, new_x = old_x.swapaxes(1, 2), new_x.swapaxes(1, 2)
+                np.testing.assert_array_equal(old_x[kept_BL], new_x[kept_BL])
+                assert step or (old_x != new_x).any()
+                unwritten += kept_BL[MASK.nonzero()[0], MASK.nonzero()[1]].sum()
+    assert unwritten or method.name == "none"
 
 
-def test_the_smallest_step_shape_that_holds_every_row_is_taken():
-    geo = DECODE.geometry(prompt=5, shift=0)
-    for counts, variant in (([3, 8], 0), ([9, 1], 1), ([13, 13], 1), ([0, 0], 0)):
-        chosen = EveryOther().variant_id(jnp.int32(0), jnp.asarray(counts), geo)
-        assert int(chosen) == variant
+def test_finished_rows_write_nothing():
+    """The first row has fewer masks to fill than the second, and is done before it."""
+    model, params = small("llada")
+    prompt = np.where(np.arange(6)[None] < [[0], [4]], 39, PROMPT).astype(np.int32)
+    for method in (cache_lib.DLLMCache(kp=1, kr=1), cache_lib.D2Cache(current_k=3)):
+        decode = decoding(method, infill=True, schedule="fixed", steps=None)
+        args = decode_lib._prepare(params, model, prompt, None, KEYS, decode, method, Draws())
+        setup, tokens_BL = decode_lib._jit_setup(*args)
+        state = decode_lib._jit_begin(setup, tokens_BL)
+        for _ in range(10):
+            before = state
+            state = decode_lib._jit_step(
+                setup, state, method.variants(setup.geo)[int(state.variant)]
+            )
+        assert int(before.block_B[0]) == 2 and int(before.block_B[1]) < 2
+        first = jax.tree.map(lambda leaf: leaf[0], (before.cache, before.memory, before.tokens_BL))
+        chex.assert_trees_all_equal(
+            first, jax.tree.map(lambda leaf: leaf[0], (state.cache, state.memory, state.tokens_BL))
+        )
+
+
+@pytest.mark.parametrize("name", ["dual", "dkv-decode"])
+def test_lockstep_changes_no_token(name):
+    """Rows with different numbers of masks leave their blocks at different times."""
+    prompt = np.where(np.arange(6)[None] < [[0], [4]], 39, PROMPT).astype(np.int32)
+    outs = []
+    for lockstep in (True, False):
+        decode = decoding(make(name), infill=True, schedule="fixed", steps=None, lockstep=lockstep)
+        outs.append(generate("dream", make(name), prompt, None, decode=decode))
+    np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+    assert (outs[0].committed_at != outs[1].committed_at).any()
+    assert (outs[0].tokens != 39).all()
+
+
+@pytest.mark.parametrize("name", ["none", "dkv-decode", "dkv-greedy", "dual", "dllm", "d2cache"])
+def test_an_interrupted_generation_can_be_resumed(name, tmp_path):
+    method = make(name)
+    model, params = small("dream")
+    whole = generate("dream", method)
+    part = diffusion_generate(
+        params,
+        model,
+        PROMPT,
+        MASK,
+        key=KEYS,
+        decode=decoding(method, max_forwards=3),
+        cache=method,
+        record=("computed", "computed_layers", "history", "state"),
+    )
+    assert int(part.nfe) == 3 and (part.tokens == 39).any()
+    if method.name == "none":
+        bare = part.state._replace(layer_sets=None)
+        with pytest.raises(ValueError, match="'computed_layers', which the state lacks"):
+            generate("dream", method, state=bare)
+        with pytest.raises(ValueError, match=r"of shape \(2, 14\), but .* make \(1, 14\)"):
+            generate("dream", method, PROMPT[:1], MASK[:1], key=KEYS[:1], state=part.state)
+    # Written to disk and read back, in two formats.
+    state = jax.tree.map(lambda leaf: leaf + jnp.zeros_like(leaf), part.state)
+    state = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
+    if method.name in ("dllm", "d2cache"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", state)
+            checkpointer.wait_until_finished()
+            state = checkpointer.restore(tmp_path / "state", state)
+    resumed = diffusion_generate(
+        params,
+        model,
+        PROMPT,
+        MASK,
+        key=KEYS,
+        decode=decoding(method),
+        cache=method,
+        record=("computed", "computed_layers", "history"),
+        state=state,
+    )
+    chex.assert_trees_all_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("name", ["none", "dllm", "d2cache"])
+def test_vmap_over_prompts_and_keys(name):
+    method = make(name)
+    model, params = small("llada")
+    decode = decoding(method, temperature=0.7)
+    batches, keys = prompts(3, 6).reshape(3, 1, 6), jax.random.split(KEY, 3)
+
+    def one(prompt, key):
+        out = diffusion_generate(params, model, prompt, key=key, decode=decode, cache=method)
+        return out.tokens, out.nfe
+
+    tokens, nfe = jax.vmap(one)(batches, keys)
+    single = jax.jit(one)
+    for i in range(3):
+        want = single(batches[i], keys[i])
+        np.testing.assert_array_equal(tokens[i], want[0])
+        assert nfe[i] == want[1]
+
+
+def test_donated_prompt_and_state():
+    method = make("dual")
+    model, params = small("llada")
+    stop = decoding(method, max_forwards=3)
+
+    def run(prompt, state, decode):
+        return diffusion_generate(
+            params,
+            model,
+            prompt,
+            key=KEY,
+            decode=decode,
+            cache=method,
+            record=("state",),
+            state=state,
+        )
+
+    started = jax.jit(lambda prompt: run(prompt, None, stop))(PROMPT)
+    resume = jax.jit(lambda prompt, state: run(prompt, state, stop).state, donate_argnums=1)
+    again = resume(PROMPT, started.state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(started.state.cache))
+    assert int(again.nfe) == 3
+
+
+def test_no_cache_is_copied_inside_a_loop(method):
+    """Counts copies of the cache's shape in the optimised program; no activation has that shape.
+
+    Only outside the loops may there be some, where the buffers are made.
+    """
+    config = small_config("dream", width=20, head_dim=6, max_length=128)
+    model = Transformer(config)
+    params = model.init(KEY, np.zeros((1, 4), np.int32))["params"]
+    decode = decoding(method, gen_length=32, block_length=8, steps=32)
+
+    def run(params, prompt):
+        return diffusion_generate(params, model, prompt, key=KEY, decode=decode, cache=method)
+
+    text = jax.jit(run).lower(params, prompts(3, 11)).compile().as_text()
+    shapes = [f"f32[3,{config.num_kv_heads},43,6]"]
+    if method.name == "dllm":
+        shapes.append("f32[3,43,20]")
+    for shape in shapes:
+        assert method.name == "none" or shape in text
+        assert _copies(text, shape) == []
+
+
+def _copies(text: str, shape: str) -> list[str]:
+    """Instructions that copy a buffer of the given shape, outside the entry computation.
+
+    A fusion counts if it is fed such a buffer and ends in a copy.
+    """
+    found = []
+    for computation in re.split(r"\n(?=\S)", text):
+        head, *body = computation.split("\n")
+        if head.startswith("ENTRY"):
+            continue
+        fused = "fused_computation" in head
+        if fused and f": {shape}" not in head:
+            continue
+        found += [
+            line.strip()
+            for line in body
+            if re.search(re.escape(shape) + r"\S* copy(-start)?\(", line)
+        ]
+    return found
+
+
+def test_copies_are_found():
+    """The counter above, on a loop that must copy its buffer: both values of it are kept."""
+
+    def run(x):
+        def body(_, pair):
+            old, new = pair
+            return new, new.at[1, 2].set(old[0, 0] + 1.0)
+
+        return jax.lax.fori_loop(0, 5, body, (x, x))
+
+    text = jax.jit(run).lower(jnp.ones((3, 43, 7))).compile().as_text()
+    assert _copies(text, "f32[3,43,7]")
 
 
 def test_methods_by_name():
     assert cache_lib.make("none") == cache_lib.NoCache()
-    for name, words in (("fast", "must be one of none"), ("None", "must be one of none")):
-        with pytest.raises(ValueError, match=words):
+    assert cache_lib.make("dllm", kp=3) == cache_lib.DLLMCache(kp=3)
+    for name in ("fast", "None"):
+        with pytest.raises(ValueError, match="must be one of none, dkv-decode"):
             cache_lib.make(name)
     with pytest.raises(ValueError, match="no argument 'kp'; it takes no arguments"):
         cache_lib.make("none", kp=3)
+    with pytest.raises(ValueError, match="no argument 'steps'; it takes kp, kr, rou"):
+        cache_lib.make("dllm", steps=3)

@@ -91,6 +91,7 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
         stats = line["stats"]
         assert (stats["steps"], stats["forwards"]) == (4, 4)
         assert stats["seconds"] > 0 and stats["compile_seconds"] > 0
+        assert stats["positions_per_forward"] == 64 + 8  # the prompts are padded to 64 slots
         assert stats["tokens"] <= 8 and stats["batch_tokens"] <= 16
 
     written = json.loads(history.read_text())
@@ -101,6 +102,16 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
     step = np.arange(4)[:, None, None]
     assert (frames == np.where(committed_at <= step, final, written["mask_id"])).all()
     assert os.listdir(tmp_path) == ["history.json"]
+
+
+def test_a_cache_computes_less(model, capsys):
+    argv = ["--model", model, GEN, "--block-length=4", "Hi", "--no-chat"]
+    assert generate.main([*argv, "--cache=dual", "--json"]) == 0
+    stats = json.loads(capsys.readouterr().out)["stats"]
+    assert stats["forwards"] == 8
+    assert stats["positions_per_forward"] == (2 * (32 + 8) + 6 * 4) / 8
+    assert generate.main([*argv, "--cache=dllm", "--cache-args=kp=4,kr=2,rou=0.5"]) == 0
+    assert "8 model forwards of " in capsys.readouterr().err
 
 
 def test_masks_among_prompt_ids_are_filled(capsys, tmp_path, monkeypatch):
@@ -165,6 +176,10 @@ WRONG = {
     "cache": (["--cache=some"], "cache is 'some'; it must be one of none"),
     "cache argument": (["--cache-args=k=1"], "has no argument 'k'"),
     "cache arguments": (["--cache-args=k"], "name=value"),
+    "cache value": (["--cache=dllm", "--cache-args=rou=2"], "rou is 2; it must lie in [0, 1]"),
+    "cache order": (["--cache=dkv-greedy"], "so set alg to random"),
+    "cache shift": (["--cache=dkv-pd", "--cache-args=shift_type=un"], "leave shift_type out"),
+    "cache unsound": (["--cache=dkv-pd", "--cache-args=shift_type=right"], "take 'un_right'"),
     "option": (["--frobnicate"], "--frobnicate"),
     "empty": (["--prompt="], "empty"),
     "blank": (["--prompt", " \n"], "empty"),
@@ -279,7 +294,7 @@ def test_a_conversation_without_template_and_end_of_input(model, capsys, monkeyp
 
     def run(_engine, rows, _key):
         asked.extend(rows)
-        return Result([Answer([1], [0], "yes", 1)], None, 1, 0.0, 1.0)
+        return Result([Answer([1], [0], "yes", 1)], None, 1, 4.0, 0.0, 1.0)
 
     monkeypatch.setattr(Engine, "run", run)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nHi"))

@@ -14,13 +14,28 @@ from dlm_jax.cache.base import KV, kv_layer
 
 CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
 REPRESENTATIVE = {
+    "d2cache-dream-g48-b16-p0.1-k8-w4-bs1-mended",
+    "d2cache-llada-g32-b32-p0.1-k8-w0-bs1-mended",
+    "d2fw-dual-dream-g24-b24-entropy-bs1",
+    "d2fw-maskpred-llada-g32-b8-n4-bs1",
+    "d2fw-prefix-dream-g24-b8-bs3-pad",
     "d2fw-vanilla-dream-g24-b8-n1-bs3-pad",
     "d2fw-vanilla-llada-g32-b16-topk5-entropy-bs1",
-    "d2fw-maskpred-llada-g32-b8-n4-bs1",
+    "dllm-dream-g24-b12-kp8-kr2-rou0.25-bs2-pad",
+    "dllmorig-llada-g24-b8-steps12-kp4-kr2-rou0.5-bs2",
+    "dream-dkv-decode-unright-c4-entropy-pad-s24",
+    "dream-dkv-pd-un-c4-entropy-pad-s24-bs2",
+    "dream-dkv-prefill-entropy-pad-s20-bs3",
     "dream-plain-entropy-topp0.9-topk10-s20-bs2",
     "dream-plain-infill-entropy-s16",
     "dream-plain-margin-pad-s16-bs2",
+    "fastdllm-dream-dual-entropy-g48b16s15",
+    "fastdllm-dream-prefix-margin-g32b16s16-mended",
+    "fastdllm-llada-dual-fixed-g48b16s15",
     "fastdllm-llada-plain-fixed-manysteps-g16b8s24",
+    "fastdllm-llada-prefix-fixed-oneblock-g32b32s13",
+    "llada-dkv-decode-c8-b32-s20-uneven",
+    "llada-dkv-greedy-w2-c4-b16-s16-bs2",
     "llada-plain-b8-s24-oversteps",
     "llada-plain-maskpred-b12-s24",
 }
@@ -61,7 +76,8 @@ def test_two_query_subsets_through_the_cache_give_the_recorded_logits(name, pref
     valid_BL = jnp.ones(tokens_BL.shape, bool)
     if prefix:
         valid_BL = jnp.asarray(recorded["pad_attention_mask"] == 1)
-    size = (*tokens_BL.shape, model.config.num_kv_heads, model.config.head_dim)
+    batch, length = tokens_BL.shape
+    size = (batch, model.config.num_kv_heads, length, model.config.head_dim)
     cache = tuple(KV(jnp.zeros(size), jnp.zeros(size)) for _ in range(model.config.num_layers))
     layers = ((0, model.config.num_layers, kv_layer),)
 
@@ -124,6 +140,17 @@ class TestReplayRejects:
         case["expected"]["computed"] = [[list(range(1, length))]]
         self.check(case, "step 0, row 0, position 0: computed")
 
+    def test_a_set_of_one_layer(self):
+        case = copy.deepcopy(read_case("dllmorig-llada-g24-b8-steps12-kp4-kr2-rou0.5-bs2"))
+        layers = case["expected"]["computed_layers"][1][1]
+        dropped = layers[1].pop()
+        self.check(case, f"step 1, row 1, layer 1, position {dropped}: computed, unlike")
+        layers[1].append(dropped)
+        layers.pop()
+        self.check(case, f"step 1, row 1: computed sets of {len(layers)} layers for")
+        case["expected"]["computed_layers"].pop()
+        self.check(case, "11 entries of computed_layers for 12 model forwards")
+
     def test_missing_entries(self, case):
         case["expected"]["computed"] = [[None, None]]
         self.check(case, "step 0, computed sets of 2 rows for 1")
@@ -163,6 +190,41 @@ class TestReplayRejects:
             assert replay.replay(changed, CHECKPOINTS) == ("unsupported", f"{name}={value}")
         case["source"]["entry"] = "elsewhere.generate"
         assert replay.replay(case, CHECKPOINTS) == ("unsupported", "entry point elsewhere.generate")
+
+    @pytest.mark.parametrize(
+        ("name", "argument", "value", "reason"),
+        [
+            ("d2fw-dual-dream-g24-b24-entropy-bs1", "cache", {"class": "Other"}, "cache.class="),
+            (
+                "d2fw-dual-dream-g24-b24-entropy-bs1",
+                "cache",
+                {"class": "PrefixCache", "use_dual": True, "extra": 1},
+                "cache.extra=1",
+            ),
+            ("dream-dkv-decode-un-c1-entropy-s16", "shift_type", "right", "shift_type=right"),
+            ("dream-dkv-decode-un-c1-entropy-s16", "cache_type", "pd", "cache_type=pd"),
+            ("fastdllm-llada-dual-fixed-g48b16s15", "threshold", 0.5, "threshold=0.5"),
+            ("fastdllm-dream-prefix-entropy-g48b16s15", "steps", 3, "steps=3: with one step"),
+        ],
+    )
+    def test_caches_without_a_counterpart_are_unsupported(self, name, argument, value, reason):
+        case = read_case(name)
+        outcome, detail = replay.replay(
+            case | dict(args=case["args"] | {argument: value}), CHECKPOINTS
+        )
+        assert outcome == "unsupported" and reason in detail, (outcome, detail)
+
+    def test_runs_of_a_defect_are_unsupported(self):
+        case = copy.deepcopy(read_case("d2cache-llada-g32-b32-p0.1-k8-w0-bs1-mended"))
+        mends = case["source"]["mended"]
+        case["source"]["mended"] = [mend for mend in mends if "d2cache.py" not in mend]
+        outcome, detail = replay.replay(case, CHECKPOINTS)
+        assert outcome == "unsupported" and "records defects" in detail, (outcome, detail)
+
+    def test_an_order_that_leaves_its_block(self):
+        case = copy.deepcopy(read_case("llada-dkv-greedy-w8-c4-b12-s6-exhaust"))
+        case["order"][0], case["order"][1] = case["order"][1], case["order"][0]
+        self.check(case, "The order from position 6 on")
 
 
 def test_replay_command(tmp_path, capsys):

@@ -4,11 +4,41 @@ import dataclasses
 from typing import Any
 
 from dlm_jax.cache.base import CacheMethod
+from dlm_jax.cache.d2cache import D2Cache
+from dlm_jax.cache.dkv import DKVPD, DKVDecode, DKVGreedy, DKVPrefill
+from dlm_jax.cache.dllm_cache import DLLMCache
+from dlm_jax.cache.fast_dllm import Dual, Prefix
 from dlm_jax.cache.none import NoCache
 
-__all__ = ["METHODS", "CacheMethod", "NoCache", "make"]
+__all__ = [
+    "METHODS",
+    "CacheMethod",
+    "D2Cache",
+    "DKVDecode",
+    "DKVGreedy",
+    "DKVPD",
+    "DKVPrefill",
+    "DLLMCache",
+    "Dual",
+    "NoCache",
+    "Prefix",
+    "make",
+]
 
-METHODS: dict[str, type[CacheMethod]] = {method.name: method for method in (NoCache,)}
+METHODS: dict[str, type[CacheMethod]] = {
+    method.name: method
+    for method in (
+        NoCache,
+        DKVDecode,
+        DKVGreedy,
+        DKVPrefill,
+        DKVPD,
+        Prefix,
+        Dual,
+        DLLMCache,
+        D2Cache,
+    )
+}
 """Name -> class."""
 
 

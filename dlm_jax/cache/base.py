@@ -7,15 +7,25 @@ row and are vmapped by the loop, so that rows cannot leak into one another.
 """
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+import math
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax import queries as queries_lib
+from dlm_jax import unmask
+from dlm_jax.config import DecodeConfig
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn
 from dlm_jax.queries import Queries
-from dlm_jax.typing import Array, Bool, Float, Int, PyTree
+from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
+
+MOST_VARIANTS = 6
+"""Step shapes per generation; each is compiled on its own."""
+GRAIN = 8
+"""Capacities for sets of any size are multiples of it."""
 
 
 class Row(NamedTuple):
@@ -28,6 +38,10 @@ class Row(NamedTuple):
     """Masks that are to be filled, in any block."""
     eligible_L: Bool[Array, " L"]
     """Masks that this step may fill: those up to the end of the row's block."""
+    quota: Int[Array, ""]
+    """How many of them the schedule wants to be filled in this step."""
+    order_L: Float[Array, " L"] | None
+    """Lower is filled earlier; None where the order depends on confidence."""
     block: Int[Array, ""]
     """Index of the row's block; the number of blocks when the row is done."""
     block_step: Int[Array, ""]
@@ -35,12 +49,21 @@ class Row(NamedTuple):
     step: Int[Array, ""]
     """Denoising step of this row over the whole generation."""
 
+    @property
+    def next_L(self) -> Bool[Array, " L"]:
+        """What this step will fill, where the order was drawn in advance; else what it may."""
+        if self.order_L is None:
+            return self.eligible_L
+        return unmask.top(-self.order_L, self.eligible_L, self.quota)
+
 
 class Observation(NamedTuple):
     """What a step did to one row."""
 
     computed_L: Bool[Array, " L"]
     """Positions that entered the network."""
+    read_L: Bool[Array, " L"]
+    """Positions whose logits were read."""
     committed_L: Bool[Array, " L"]
     confidence_L: Float[Array, " L"]
     """-inf where no logits were read."""
@@ -58,10 +81,13 @@ class Variant(NamedTuple):
 
 
 class KV(NamedTuple):
-    """Keys (after rotary positions) and values of one layer, one slot per position."""
+    """Keys (after rotary positions) and values of one layer, one slot per position.
 
-    k_BLKH: Float[Array, "B L K H"]
-    v_BLKH: Float[Array, "B L K H"]
+    Heads come before slots: attention then takes them as they are, without a transposed copy.
+    """
+
+    k_BKLH: Float[Array, "B K L H"]
+    v_BKLH: Float[Array, "B K L H"]
 
 
 def kv_layer(
@@ -69,15 +95,55 @@ def kv_layer(
 ) -> tuple[tuple[Array, PyTree], KV]:
     """A block whose queries write their K/V into the cache and attend to all valid slots of it."""
     hidden, acc = carry
+    hidden, layer_cache, _ = attend_cached(block, hidden, layer_cache, queries)
+    return (hidden + block.ffn(hidden), acc), layer_cache
+
+
+def attend_cached(
+    block: Block, hidden: Float[Array, "B Q D"], layer_cache: KV, queries: Queries
+) -> tuple[Float[Array, "B Q D"], KV, Float[Array, "B K R Q L"]]:
+    """The attention half of `kv_layer`; returns the residual stream, the cache and the weights."""
     normed = block.norm(hidden)
-    k_BLKH = queries_lib.scatter(
-        layer_cache.k_BLKH, block.key(normed, queries.position_BQ), queries.index_BQ
+    k_BKLH = queries_lib.scatter_heads(
+        layer_cache.k_BKLH, block.key(normed, queries.position_BQ), queries.index_BQ
     )
-    v_BLKH = queries_lib.scatter(layer_cache.v_BLKH, block.value(normed), queries.index_BQ)
+    v_BKLH = queries_lib.scatter_heads(layer_cache.v_BKLH, block.value(normed), queries.index_BQ)
     q_BQNH = block.query(normed, queries.position_BQ)
-    out, _ = block.attend(q_BQNH, k_BLKH, v_BLKH, queries.valid_BL[:, None, :])
-    hidden = hidden + out
-    return (hidden + block.ffn(hidden), acc), KV(k_BLKH, v_BLKH)
+    out, weights = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
+    return hidden + out, KV(k_BKLH, v_BKLH), weights
+
+
+def round_up(size: int) -> int:
+    """The next multiple of `GRAIN`."""
+    return -(-size // GRAIN) * GRAIN
+
+
+def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[Variant, ...]:
+    """Step shapes for sets of the given sizes, and one for the whole length.
+
+    At most `MOST_VARIANTS`: neighbouring sizes share the capacity of the largest of them.
+    """
+    distinct = sorted({min(size, geo.length) for size in sizes if size > 0} - {geo.length})
+    groups = np.array_split(np.asarray(distinct), min(MOST_VARIANTS - 1, len(distinct) or 1))
+    capacities = [int(group[-1]) for group in groups if len(group)]
+    return tuple(map(Variant, [*capacities, geo.length]))
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Refuses a parameter that is no whole number, or less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {value!r}; it must be a whole number.")
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+
+def check_number(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Refuses a parameter that is no number, or outside `[low, high]`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} is {value!r}; it must be a number.")
+    if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+        wanted = f"be {low} or more" if high is None else f"lie in [{low}, {high}]"
+        raise ValueError(f"{name} is {value}; it must {wanted}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +157,18 @@ class CacheMethod:
     """What `--cache` and the error messages call it."""
     lockstep: ClassVar[bool] = False
     """Whether the rows of a batch leave a block together unless the user says otherwise."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether `readable` goes beyond what the step may fill."""
+    partial: ClassVar[bool] = False
+    """Whether a step may be able to read fewer positions than the schedule wants to fill."""
+
+    def check(self, config: Config, decode: DecodeConfig) -> None:
+        """Refuses a model or decoding that the method has no meaning for.
+
+        Raises:
+          ValueError: one sentence that says what would be right.
+        """
+        del config, decode
 
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:
         """The few step shapes that the method can ask for, by ascending capacity."""
@@ -101,41 +179,69 @@ class CacheMethod:
         del geo
         return ()
 
+    def restrict(self, row: Row, geo: Geometry) -> Row:
+        """Narrows what a step may fill, and how much of it, where the method has a say."""
+        del geo
+        return row
+
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         """Positions of one row that enter the network now; the loop leaves out padding."""
         raise NotImplementedError
 
+    def readable(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        """Masks of one row whose logits are wanted; the loop leaves out what is not computed."""
+        del memory, geo
+        return row.next_L
+
     def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
-        """Memory of one row after a step; `row` is the state before it."""
+        """Memory of one row after a step; `row` is the state before it.
+
+        The loop keeps the old memory of rows that had nothing to fill.
+        """
         del row, obs, geo
         return memory
 
     def variant_id(
-        self, nfe: Int[Array, ""], counts_B: Int[Array, " B"], geo: Geometry
+        self, rows: Row, selected_BL: Bool[Array, "B L"], geo: Geometry
     ) -> Int[Array, ""]:
         """Which variant the next step takes: the smallest that holds every row's set.
 
-        A set larger than the largest variant is an error of the method.
+        A set larger than the largest variant is an error of the method. `rows` is stacked over B.
         """
-        del nfe
+        del rows
+        counts_B = jnp.sum(selected_BL, axis=-1, dtype=jnp.int32)
         capacities = jnp.asarray([variant.capacity for variant in self.variants(geo)], jnp.int32)
         return jnp.sum(jnp.max(counts_B) > capacities[:-1], dtype=jnp.int32)
 
     def init_cache(
-        self, config: Config, geo: Geometry, batch: int, dtype: Any
+        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
     ) -> tuple[PyTree, ...]:
         """One pytree per layer, for the whole batch."""
-        shape = (batch, geo.length, config.num_kv_heads, config.head_dim)
+        shape = (batch, config.num_kv_heads, geo.length, config.head_dim)
         return tuple(
             KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
         )
 
-    def init_acc(self, geo: Geometry, batch: int) -> PyTree:
-        """What the layer functions accumulate from, `[B, ...]`."""
-        del geo, batch
+    def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> PyTree:
+        """What the layer functions accumulate from, `[B, ...]`; `rows` is stacked over B."""
+        del rows, queries, geo
         return ()
 
-    def layers(self, variant: Variant, config: Config) -> tuple[tuple[int, int, LayerFn], ...]:
+    def layers(
+        self, variant: Variant, config: Config, geo: Geometry
+    ) -> tuple[tuple[int, int, LayerFn], ...]:
         """`(low, high, layer function)` ranges that cover all layers."""
-        del variant
+        del variant, geo
         return ((0, config.num_layers, kv_layer),)
+
+    def layer_sets(
+        self, selected_BL: Bool[Array, "B L"], acc: PyTree, config: Config
+    ) -> tuple[Bool[Array, "B L"], ...]:
+        """The positions whose queries each layer asked for in a step."""
+        del acc
+        return (selected_BL,) * config.num_layers
+
+    def slots(self, variant: Variant, config: Config, geo: Geometry) -> float:
+        """Query slots that a step of this shape computes per row, mean over the layers."""
+        del config, geo
+        return float(variant.capacity)

@@ -1,12 +1,12 @@
 """No cache: every step computes every position."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from dlm_jax.cache.base import CacheMethod, Row, Variant
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, LayerFn, plain_layer
-from dlm_jax.typing import Array, Bool, PyTree
+from dlm_jax.typing import Array, Bool, DTypeLike, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +20,13 @@ class NoCache(CacheMethod):
         return row.valid_L
 
     def init_cache(
-        self, config: Config, geo: Geometry, batch: int, dtype: Any
+        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
     ) -> tuple[PyTree, ...]:
         del geo, batch, dtype
         return ((),) * config.num_layers
 
-    def layers(self, variant: Variant, config: Config) -> tuple[tuple[int, int, LayerFn], ...]:
-        del variant
+    def layers(
+        self, variant: Variant, config: Config, geo: Geometry
+    ) -> tuple[tuple[int, int, LayerFn], ...]:
+        del variant, geo
         return ((0, config.num_layers, plain_layer),)

@@ -118,9 +118,11 @@ class Block(nn.Module):
     def value(self, normed: Array) -> Float[Array, "B Q K H"]:
         return self.v(normed)
 
-    def attend(self, q: Array, k: Array, v: Array, mask_BQL: Array) -> tuple[Array, Array]:
+    def attend(
+        self, q_BQNH: Array, k_BKLH: Array, v_BKLH: Array, mask_BQL: Array
+    ) -> tuple[Array, Array]:
         """Returns what attention adds to the residual stream, and its weights [B, K, R, Q, L]."""
-        out, weights = attention(q, k, v, mask_BQL)
+        out, weights = attention(q_BQNH, k_BKLH, v_BKLH, mask_BQL)
         return self.o(out), weights
 
     def ffn(self, x: Array) -> Array:
@@ -147,7 +149,8 @@ def plain_layer(
     normed = block.norm(hidden)
     q = block.query(normed, queries.position_BQ)
     k = block.key(normed, queries.position_BQ)
-    out, _ = block.attend(q, k, block.value(normed), real_BQ[:, None, :])
+    v = block.value(normed)
+    out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), real_BQ[:, None, :])
     hidden = hidden + out
     return (hidden + block.ffn(hidden), acc), layer_cache
 
@@ -251,6 +254,16 @@ def source_slot(
     length = valid_BL.shape[1]
     first_B = jnp.argmax(valid_BL, axis=-1).astype(slot_BW.dtype)
     return jnp.where(slot_BW < length, jnp.maximum(slot_BW - shift, first_B[:, None]), slot_BW)
+
+
+def sources(mask_L: Bool[Array, " L"], valid_L: Bool[Array, " L"], shift: int) -> Bool[Array, " L"]:
+    """The slots of a row whose outputs predict the tokens at the given ones; see `source_slot`."""
+    if not shift:
+        return mask_L
+    slot_L = jnp.arange(mask_L.shape[0])
+    moved_L = jnp.roll(mask_L, -shift) & (slot_L < mask_L.shape[0] - shift)
+    first = jnp.argmax(valid_L)
+    return (moved_L & (slot_L >= first)) | (mask_L[first] & (slot_L == first))
 
 
 def readout(

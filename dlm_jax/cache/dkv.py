@@ -1,0 +1,257 @@
+"""dKV-Cache (arXiv 2505.15781): a token's K/V are kept from one step after it was decoded.
+
+A token's representation still changes in the step after it is decoded, the first one that sees it;
+from then on it hardly does. `DKVDecode`, `DKVPrefill` and `DKVPD` compute everything that is not
+such a token, or not the prompt; `DKVGreedy` computes only what the next tokens need.
+
+Where a token is predicted from the position before it (Dream), a position is needed as long as its
+successor is a mask. Hence the shift of the sets.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import unmask
+from dlm_jax.cache.base import (
+    GRAIN,
+    CacheMethod,
+    Observation,
+    Row,
+    Variant,
+    buckets,
+    check_whole,
+    round_up,
+)
+from dlm_jax.config import DecodeConfig
+from dlm_jax.geometry import Geometry
+from dlm_jax.models.base import Config, sources
+from dlm_jax.sampler import ALGORITHMS
+from dlm_jax.typing import Array, Bool, Int, PyTree
+
+SHIFT_TYPES = ("un", "un_right")
+
+
+def settled(row: Row, geo: Geometry, shift_type: str | None) -> Bool[Array, " L"]:
+    """Positions whose K/V may be kept from the step after the next on.
+
+    Without a shift, what is decoded. With `un`, the default, what has a decoded successor, even if
+    it is itself still a mask; with `un_right`, what is decoded and has a decoded successor. Nobody
+    reads the output of the last position, which is kept from the second step on (`un`), or along
+    with its predecessor (`un_right`).
+    """
+    decoded_L = ~row.masked_L
+    if not geo.shift:
+        return decoded_L
+    next_L = jnp.roll(decoded_L, -geo.shift)
+    first_L = next_L.at[-1].set(decoded_L[-1])
+    if shift_type == "un_right":
+        both_L = decoded_L & next_L
+        later_L = both_L.at[-1].set(both_L[-2])
+    else:
+        later_L = next_L.at[-1].set(True)
+    return jnp.where(row.step == 0, first_L, later_L)
+
+
+@dataclasses.dataclass(frozen=True)
+class DKVDecode(CacheMethod):
+    """dKV-Cache-Decode: computes what was not decoded before the previous step.
+
+    Memory: what was settled before the previous step.
+
+    Attributes:
+      cache_steps: everything is computed in every so manieth step; counted within a block, whose
+        first two steps are full as well, or with a shift over the whole generation.
+      shift_type: for models with a shift, `un` (the default) or `un_right`; see `settled`.
+    """
+
+    cache_steps: int = 8
+    shift_type: str | None = None
+
+    name: ClassVar[str] = "dkv-decode"
+    lockstep: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_whole("cache_steps", self.cache_steps, 1)
+        _check_shift_type(self.shift_type)
+
+    def check(self, config: Config, decode: DecodeConfig) -> None:
+        _check_shift(config, self.shift_type)
+
+    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+        return _shrinking(geo)
+
+    def init(self, geo: Geometry) -> Bool[Array, " L"]:
+        return jnp.zeros(geo.length, bool)
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        if geo.shift:
+            full = row.step % self.cache_steps == 0
+        else:
+            full = (row.block_step <= 1) | (row.block_step % self.cache_steps == 0)
+        return full | ~memory
+
+    def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
+        return settled(row, geo, self.shift_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class DKVPrefill(CacheMethod):
+    """dKV-Cache-Prefill: keeps the prompt from the first step on, and computes the rest.
+
+    Memory: the prompt, as far as nobody waits for its outputs.
+    """
+
+    name: ClassVar[str] = "dkv-prefill"
+    lockstep: ClassVar[bool] = True
+
+    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+        return buckets([geo.gen + geo.shift], geo)
+
+    def init(self, geo: Geometry) -> Bool[Array, " L"]:
+        return jnp.zeros(geo.length, bool)
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        return ~memory
+
+    def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
+        return jnp.where(row.step == 0, settled(row, geo, None), memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class DKVPD(CacheMethod):
+    """dKV-Cache-PD: keeps the prompt from the first step on, and decoded tokens between refreshes.
+
+    Memory: the prompt, as far as nobody waits for its outputs, and what was settled before the
+    previous step.
+
+    Attributes:
+      cache_steps: everything but the prompt is computed in every so manieth step of the generation.
+      shift_type: as in `DKVDecode`.
+    """
+
+    cache_steps: int = 4
+    shift_type: str | None = None
+
+    name: ClassVar[str] = "dkv-pd"
+    lockstep: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_whole("cache_steps", self.cache_steps, 1)
+        _check_shift_type(self.shift_type)
+
+    def check(self, config: Config, decode: DecodeConfig) -> None:
+        _check_shift(config, self.shift_type)
+
+    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+        return _shrinking(geo)
+
+    def init(self, geo: Geometry) -> PyTree:
+        nothing_L = jnp.zeros(geo.length, bool)
+        return dict(prompt_L=nothing_L, settled_L=nothing_L)
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        refresh = row.step % self.cache_steps == 0
+        return ~jnp.where(refresh, memory["prompt_L"], memory["settled_L"])
+
+    def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
+        settled_L = settled(row, geo, self.shift_type)
+        prompt_L = jnp.where(row.step == 0, settled_L, memory["prompt_L"])
+        return dict(prompt_L=prompt_L, settled_L=settled_L)
+
+
+@dataclasses.dataclass(frozen=True)
+class DKVGreedy(CacheMethod):
+    """dKV-Cache-Greedy: computes the tokens just decoded, what the next need, and a window there.
+
+    The next tokens must be known before the step, so the order must be drawn in advance. With a
+    shift, what the next tokens need are their predecessors, and the window lies around those.
+
+    Memory: what the previous step committed, and what was masked before it.
+
+    Attributes:
+      cache_steps: everything is computed in every so manieth step of a block, from the first on.
+      window_size: masks to be computed around each position that the next tokens need, the nearest
+        first and the left one before the right one.
+    """
+
+    cache_steps: int = 2
+    window_size: int = 4
+
+    name: ClassVar[str] = "dkv-greedy"
+    lockstep: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_whole("cache_steps", self.cache_steps, 1)
+        check_whole("window_size", self.window_size, 0)
+
+    def check(self, config: Config, decode: DecodeConfig) -> None:
+        if not ALGORITHMS[decode.alg].drawn:
+            drawn = ", ".join(name for name, measure in ALGORITHMS.items() if measure.drawn)
+            raise ValueError(
+                f"alg is {decode.alg!r}, an order that depends on confidence; the cache "
+                f"{self.name!r} must know the next tokens before the step, so set alg to {drawn}."
+            )
+
+    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+        return buckets([geo.quota * (2 + self.window_size)], geo)
+
+    def init(self, geo: Geometry) -> PyTree:
+        nothing_L = jnp.zeros(geo.length, bool)
+        return dict(committed_L=nothing_L, masked_L=nothing_L)
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        needed_L = sources(row.next_L, row.valid_L, geo.shift)
+        chosen_L = memory["committed_L"] | needed_L
+        refresh = row.block_step % self.cache_steps == 0
+        return refresh | self._with_windows(chosen_L, memory["masked_L"], row, geo)
+
+    def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
+        return dict(committed_L=obs.committed_L, masked_L=row.masked_L)
+
+    def _with_windows(
+        self, chosen_L: Bool[Array, " L"], masked_L: Bool[Array, " L"], row: Row, geo: Geometry
+    ) -> Bool[Array, " L"]:
+        """Adds, for one of the next tokens after the other, the nearest masks not yet chosen."""
+        assert row.order_L is not None  # or `check` would have refused
+        slot_L = jnp.arange(geo.length)
+        place_L = unmask.rank(-row.order_L, row.eligible_L)
+
+        def add(i: Int[Array, ""], chosen_L: Array) -> Array:
+            token = jnp.argmax(place_L == i)
+            centre = token - geo.shift
+            offset_L = slot_L - centre
+            distance_L = jnp.where(offset_L < 0, -2 * offset_L - 1, 2 * offset_L)
+            free_L = masked_L & ~chosen_L & row.next_L[token]
+            nearest_L = unmask.top(
+                -distance_L.astype(jnp.float32), free_L, jnp.int32(self.window_size)
+            )
+            return chosen_L | nearest_L
+
+        return jax.lax.fori_loop(0, geo.quota, add, chosen_L) if self.window_size else chosen_L
+
+
+def _shrinking(geo: Geometry) -> tuple[Variant, ...]:
+    """Step shapes for what is left of the generated part, and of its predecessors."""
+    largest = round_up(geo.gen + geo.shift)
+    return buckets(range(GRAIN, largest + 1, GRAIN), geo)
+
+
+def _check_shift_type(shift_type: str | None) -> None:
+    if shift_type == "right":
+        raise ValueError(
+            "shift_type is 'right', which drops positions while they are still needed to predict "
+            "the next token; take 'un_right'."
+        )
+    if shift_type not in (None, *SHIFT_TYPES):
+        raise ValueError(f"shift_type is {shift_type!r}; it must be {' or '.join(SHIFT_TYPES)}.")
+
+
+def _check_shift(config: Config, shift_type: str | None) -> None:
+    if shift_type is not None and not config.shift:
+        raise ValueError(
+            f"shift_type is {shift_type!r}, but {config.family} predicts a token at its own "
+            "position and has no shift; leave shift_type out."
+        )

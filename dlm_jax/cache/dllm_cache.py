@@ -1,0 +1,197 @@
+"""dLLM-Cache (arXiv 2506.06295): features of prompt and response refreshed at their own intervals.
+
+Every layer keeps, besides K and V, what its attention and its feed-forward network last added to
+the residual stream. Prompt features are computed again every `kp` steps and response features every
+`kr`; in between, only for the fraction `rou` of the response whose values changed most. The
+residual stream always has full length, so that a new token is felt at once. The first layer is
+computed in full in every step, and so keeps nothing.
+"""
+
+import dataclasses
+import functools
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dlm_jax import queries as queries_lib
+from dlm_jax import unmask
+from dlm_jax.cache.base import CacheMethod, Row, Variant, check_number, check_whole
+from dlm_jax.geometry import Geometry
+from dlm_jax.models.base import Block, Config, LayerFn, plain_layer
+from dlm_jax.queries import Queries
+from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
+
+PROMPT, RESPONSE = 1, 2
+"""Bits of `Variant.mode`: what is refreshed."""
+
+
+class Features(NamedTuple):
+    """What one layer keeps, one slot per position."""
+
+    k_BKLH: Float[Array, "B K L H"]
+    """After rotary positions."""
+    v_BKLH: Float[Array, "B K L H"]
+    attention_BLD: Float[Array, "B L D"]
+    ffn_BLD: Float[Array, "B L D"]
+
+
+class Refresh(NamedTuple):
+    """Accumulator of the layers: what the rows refresh now, and what each layer selected."""
+
+    prompt_B: Bool[Array, " B"]
+    response_B: Bool[Array, " B"]
+    selected: tuple[Bool[Array, "B L"], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DLLMCache(CacheMethod):
+    """Adaptive feature caching.
+
+    Attributes:
+      kp: denoising steps from one refresh of the prompt to the next.
+      kr: denoising steps from one refresh of the response to the next.
+      rou: share of the response, in [0, 1], that is computed in the steps between.
+    """
+
+    kp: int = 50
+    kr: int = 7
+    rou: float | int = 0.25
+
+    name: ClassVar[str] = "dllm"
+
+    def __post_init__(self) -> None:
+        check_whole("kp", self.kp, 1)
+        check_whole("kr", self.kr, 1)
+        check_number("rou", self.rou, 0, 1)
+
+    def changed(self, geo: Geometry) -> int:
+        """Response positions that are computed between refreshes."""
+        return int(geo.gen * self.rou)
+
+    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+        return tuple(Variant(geo.length, mode) for mode in (0, PROMPT, RESPONSE, PROMPT | RESPONSE))
+
+    def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+        del memory, geo
+        return row.valid_L
+
+    def variant_id(
+        self, rows: Row, selected_BL: Bool[Array, "B L"], geo: Geometry
+    ) -> Int[Array, ""]:
+        del selected_BL, geo
+        prompt_B, response_B = self._due(rows)
+        return PROMPT * jnp.any(prompt_B).astype(jnp.int32) + RESPONSE * jnp.any(response_B).astype(
+            jnp.int32
+        )
+
+    def init_cache(
+        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
+    ) -> tuple[PyTree, ...]:
+        kv = jnp.zeros((batch, config.num_kv_heads, geo.length, config.head_dim), dtype)
+        added = jnp.zeros((batch, geo.length, config.width), dtype)
+        return ((), *(Features(kv, kv, added, added) for _ in range(1, config.num_layers)))
+
+    def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> Refresh:
+        del queries, geo
+        return Refresh(*self._due(rows), selected=())
+
+    def layers(
+        self, variant: Variant, config: Config, geo: Geometry
+    ) -> tuple[tuple[int, int, LayerFn], ...]:
+        layer = functools.partial(_layer, method=self, mode=variant.mode, geo=geo)
+        return ((0, 1, plain_layer), (1, config.num_layers, layer))
+
+    def layer_sets(
+        self, selected_BL: Bool[Array, "B L"], acc: Refresh, config: Config
+    ) -> tuple[Bool[Array, "B L"], ...]:
+        del config
+        return (selected_BL, *acc.selected)
+
+    def slots(self, variant: Variant, config: Config, geo: Geometry) -> float:
+        later = self.capacity(variant.mode, geo)
+        return (geo.length + (config.num_layers - 1) * later) / config.num_layers
+
+    def capacity(self, mode: int, geo: Geometry) -> int:
+        """Query slots of a layer, the first one apart."""
+        response = geo.gen if mode & RESPONSE else self.changed(geo)
+        return response + (geo.prompt if mode & PROMPT else 0)
+
+    def _due(self, rows: Row) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
+        """Which rows refresh their prompt now, and which their response."""
+        active_B = jnp.any(rows.eligible_L, axis=-1)
+        return active_B & (rows.step % self.kp == 0), active_B & (rows.step % self.kr == 0)
+
+
+def _layer(
+    block: Block,
+    carry: tuple[Array, Refresh],
+    layer_cache: Features,
+    queries: Queries,
+    *,
+    method: DLLMCache,
+    mode: int,
+    geo: Geometry,
+) -> tuple[tuple[Array, Refresh], Features]:
+    """A block of which only the selected positions go through attention and feed-forward network.
+
+    The queries have one slot per position (`queries.pack` at full capacity).
+    """
+    hidden, acc = carry
+    k_BKLH, v_BKLH, attention_BLD, ffn_BLD = layer_cache
+    length, prompt = geo.length, geo.prompt
+    place_BL = queries.index_BQ
+    real_BL = place_BL < length
+    response_BL = real_BL & (jnp.arange(length) >= prompt)[None]
+
+    # Values of the whole response tell what changed; elsewhere they are needed at refreshes only.
+    normed = block.norm(hidden)
+    first = 0 if mode & PROMPT else prompt
+    fresh_BLKH = block.value(normed[:, first:])
+    selected_BL = (real_BL & ~response_BL & acc.prompt_B[:, None]) | (
+        response_BL & acc.response_B[:, None]
+    )
+    written_BL = selected_BL
+    if method.rou:
+        between_BL = response_BL & ~acc.response_B[:, None]
+        similarity_BL = jnp.pad(
+            _cosine(fresh_BLKH[:, prompt - first :], v_BKLH[:, :, prompt:].swapaxes(1, 2)),
+            ((0, 0), (prompt, 0)),
+        )
+        changed_BL = jax.vmap(unmask.top, (0, 0, None))(
+            -similarity_BL, between_BL, jnp.int32(method.changed(geo))
+        )
+        selected_BL = selected_BL | changed_BL
+        written_BL = selected_BL | between_BL
+    v_BKLH = queries_lib.scatter_heads(
+        v_BKLH, fresh_BLKH, jnp.where(written_BL, place_BL, length)[:, first:]
+    )
+    acc = acc._replace(selected=(*acc.selected, selected_BL))
+
+    capacity = method.capacity(mode, geo)
+    if capacity:
+        chosen = queries_lib.pack(selected_BL, queries.valid_BL, capacity)
+        normed_BQD = queries_lib.gather(normed, chosen.index_BQ)
+        k_BKLH = queries_lib.scatter_heads(
+            k_BKLH, block.key(normed_BQD, chosen.position_BQ), chosen.index_BQ
+        )
+        q_BQNH = block.query(normed_BQD, chosen.position_BQ)
+        out_BQD, _ = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
+        attention_BLD = queries_lib.scatter(attention_BLD, out_BQD, chosen.index_BQ)
+    hidden = hidden + attention_BLD
+    if capacity:
+        out_BQD = block.ffn(queries_lib.gather(hidden, chosen.index_BQ))
+        ffn_BLD = queries_lib.scatter(ffn_BLD, out_BQD, chosen.index_BQ)
+    return (hidden + ffn_BLD, acc), Features(k_BKLH, v_BKLH, attention_BLD, ffn_BLD)
+
+
+def _cosine(
+    a_BLKH: Float[Array, "B L K H"], b_BLKH: Float[Array, "B L K H"]
+) -> Float[Array, "B L"]:
+    """Cosine similarity over all heads, in float32."""
+    a, b = a_BLKH.astype(jnp.float32), b_BLKH.astype(jnp.float32)
+
+    def dot(x: Array, y: Array) -> Array:
+        return jnp.sum(x * y, axis=(-2, -1))
+
+    return dot(a, b) / jnp.maximum(jnp.sqrt(dot(a, a) * dot(b, b)), 1e-8)

@@ -1,0 +1,508 @@
+"""The cache methods by hand: which positions they ask for, on canvases small enough to count."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import prompts, small, small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dlm_jax import cache, density, queries
+from dlm_jax.cache import d2cache, dkv
+from dlm_jax.cache.base import (
+    MOST_VARIANTS,
+    Observation,
+    Row,
+    buckets,
+    check_number,
+    check_whole,
+)
+from dlm_jax.config import DecodeConfig
+from dlm_jax.decode import Draws, diffusion_generate
+from dlm_jax.geometry import Geometry
+from dlm_jax.models.base import Transformer, sources
+
+LLADA = Geometry(prompt=3, gen=8, block=4, steps=8, shift=0)
+DREAM = dataclasses.replace(LLADA, shift=1)
+LENGTH = LLADA.length
+
+
+def slots(positions, length=LENGTH):
+    mask_L = np.zeros(length, bool)
+    mask_L[list(positions)] = True
+    return jnp.asarray(mask_L)
+
+
+def positions(mask_L):
+    return np.flatnonzero(mask_L).tolist()
+
+
+def row(masked, *, block=0, block_step=0, step=0, quota=1, order=None, geo=LLADA, padding=0):
+    """A row before a step, given its masks."""
+    masked_L = slots(masked)
+    end = geo.prompt + (block + 1) * geo.block
+    return Row(
+        tokens_L=jnp.zeros(LENGTH, jnp.int32),
+        valid_L=jnp.arange(LENGTH) >= padding,
+        masked_L=masked_L,
+        eligible_L=masked_L & (jnp.arange(LENGTH) < end),
+        quota=jnp.int32(quota),
+        order_L=None if order is None else jnp.asarray(order, jnp.float32),
+        block=jnp.int32(block),
+        block_step=jnp.int32(block_step),
+        step=jnp.int32(step),
+    )
+
+
+def stacked(*rows):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+EVERY = queries.every(jnp.ones((1, LENGTH), bool))
+
+
+def observation(committed=(), computed=range(LENGTH), read=(), confidence=None, acc=()):
+    confidence_L = jnp.full(LENGTH, -jnp.inf) if confidence is None else jnp.asarray(confidence)
+    return Observation(
+        computed_L=slots(computed),
+        read_L=slots(read),
+        committed_L=slots(committed),
+        confidence_L=confidence_L.astype(jnp.float32),
+        tokens_L=jnp.zeros(LENGTH, jnp.int32),
+        acc=acc,
+    )
+
+
+class TestBuckets:
+    @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 300))
+    @settings(deadline=None)
+    def test_few_ascending_and_large_enough(self, sizes, gen):
+        geo = Geometry(prompt=5, gen=gen, block=gen, steps=None, shift=0)
+        capacities = [variant.capacity for variant in buckets(sizes, geo)]
+        assert capacities == sorted(set(capacities)) and capacities[-1] == geo.length
+        assert len(capacities) <= MOST_VARIANTS
+        assert all(capacity in [*sizes, geo.length] for capacity in capacities)
+
+    def test_few_sizes_keep_their_own(self):
+        assert [variant.capacity for variant in buckets([8, 4, 4], LLADA)] == [4, 8, 11]
+
+    @pytest.mark.parametrize("name", cache.METHODS)
+    def test_no_method_compiles_more_step_shapes(self, name):
+        geo = DecodeConfig(gen_length=256, block_length=32).geometry(prompt=128, shift=1)
+        variants = cache.make(name).variants(geo)
+        assert 1 <= len(variants) <= MOST_VARIANTS and len(set(variants)) == len(variants)
+        assert variants[-1].capacity == geo.length
+
+
+class TestSources:
+    def test_without_shift_they_are_the_positions(self):
+        assert positions(sources(slots([3, 7]), jnp.ones(LENGTH, bool), 0)) == [3, 7]
+
+    def test_with_shift_they_lie_one_to_the_left(self):
+        valid_L = jnp.ones(LENGTH, bool)
+        assert positions(sources(slots([3, 7, 10]), valid_L, 1)) == [2, 6, 9]
+
+    def test_a_rows_first_token_is_its_own(self):
+        assert positions(sources(slots([0, 1]), jnp.ones(LENGTH, bool), 1)) == [0]
+        assert positions(sources(slots([2, 5]), jnp.arange(LENGTH) >= 2, 1)) == [2, 4]
+
+    def test_padding_is_no_source(self):
+        assert positions(sources(slots([0, 1, 2, 3]), jnp.arange(LENGTH) >= 2, 1)) == [2]
+
+
+class TestBlockCaches:
+    @pytest.mark.parametrize("method", [cache.Prefix(), cache.Dual()])
+    def test_a_blocks_first_step_is_full(self, method):
+        for geo in (LLADA, DREAM):
+            assert method.select((), row(range(7, 11), block=1, geo=geo), geo).all()
+
+    def test_later_steps(self):
+        later = row([8, 9, 10], block=1, block_step=1)
+        assert positions(cache.Prefix().select((), later, LLADA)) == [7, 8, 9, 10]
+        assert positions(cache.Prefix().select((), later, DREAM)) == [6, 7, 8, 9]
+        first = row([5, *range(7, 11)], block=0, block_step=3)
+        assert positions(cache.Prefix().select((), first, LLADA)) == list(range(3, 11))
+        assert positions(cache.Dual().select((), first, LLADA)) == [3, 4, 5, 6]
+        assert positions(cache.Dual().select((), first, DREAM)) == [2, 3, 4, 5]
+        column = cache.Dual(block_start="first-column")
+        assert positions(column.select((), first, DREAM)) == [3, 4, 5, 6]
+
+    def test_the_first_column_is_committed_alone(self):
+        method = cache.Dual(block_start="first-column")
+        full = method.restrict(row(range(7, 11), block=1, quota=3), DREAM)
+        assert positions(full.eligible_L) == [7] and int(full.quota) == 1
+        none = method.restrict(row(range(7, 11), block=1, quota=0), DREAM)
+        assert int(none.quota) == 1
+        later = row(range(8, 11), block=1, block_step=1, quota=3)
+        assert method.restrict(later, DREAM) is not later
+        assert positions(method.restrict(later, DREAM).eligible_L) == [8, 9, 10]
+        assert int(method.restrict(later, DREAM).quota) == 3
+
+    def test_masks_in_the_prompt_belong_to_the_first_block(self):
+        infill = row([1, 5, *range(7, 11)], block_step=2)
+        assert positions(cache.Dual().select((), infill, LLADA)) == [1, 3, 4, 5, 6]
+        assert positions(cache.Dual().select((), infill, DREAM)) == [0, 2, 3, 4, 5]
+
+
+class TestDKV:
+    def test_what_is_settled(self):
+        some = row([5, 6, 8, 9, 10], step=4)
+        assert positions(dkv.settled(some, LLADA, None)) == [0, 1, 2, 3, 4, 7]
+        # 4 waits for 5; 6 is a mask whose successor is decoded; nobody reads the last one.
+        assert positions(dkv.settled(some, DREAM, None)) == [0, 1, 2, 3, 6, 10]
+        assert positions(dkv.settled(some, DREAM, "un")) == [0, 1, 2, 3, 6, 10]
+        assert positions(dkv.settled(some, DREAM, "un_right")) == [0, 1, 2, 3]
+        assert positions(dkv.settled(row([5], step=4), DREAM, "un_right")) == [
+            *range(4),
+            *range(6, 11),
+        ]
+
+    def test_what_is_settled_at_the_start(self):
+        start = row(range(3, 11))
+        for shift_type in (None, "un", "un_right"):
+            assert positions(dkv.settled(start, DREAM, shift_type)) == [0, 1]
+
+    def test_decode_waits_one_step(self):
+        method = cache.DKVDecode(cache_steps=4)
+        memory = method.init(LLADA)
+        for block_step in (0, 1):
+            assert method.select(memory, row(range(3, 11), block_step=block_step), LLADA).all()
+        # Step 1 starts with token 5 decoded, and decodes 3: step 2 keeps 5 but not 3.
+        memory = method.observe(
+            memory, row([3, 4, *range(6, 11)], block_step=1), observation([3]), LLADA
+        )
+        now = row([4, *range(6, 11)], block_step=2)
+        assert positions(method.select(memory, now, LLADA)) == [3, 4, *range(6, 11)]
+        assert method.select(memory, now._replace(block_step=jnp.int32(4)), LLADA).all()
+
+    def test_decode_with_a_shift_counts_over_the_generation(self):
+        method = cache.DKVDecode(cache_steps=4)
+        memory = method.observe(method.init(DREAM), row(range(3, 11)), observation([3]), DREAM)
+        now = row(range(4, 11), step=1, block_step=1)
+        assert positions(method.select(memory, now, DREAM)) == list(range(2, 11))
+        again = row([7, 8], step=5, block=1, block_step=0)
+        assert positions(method.select(memory, again, DREAM)) == list(range(2, 11))
+        assert method.select(memory, again._replace(step=jnp.int32(8)), DREAM).all()
+
+    @pytest.mark.parametrize("geo", [LLADA, DREAM])
+    def test_the_prompt_is_computed_once(self, geo):
+        first = geo.prompt - geo.shift
+        prefill, pd = cache.DKVPrefill(), cache.DKVPD(cache_steps=3)
+        start, later = row(range(3, 11)), row([4, 5, 6, 8, 9, 10], step=4)
+        for method in (prefill, pd):
+            memory = method.init(geo)
+            assert method.select(memory, start, geo).all()
+            memory = method.observe(memory, start, observation([3]), geo)
+            memory = method.observe(memory, later, observation([4]), geo)
+            refresh = later._replace(step=jnp.int32(6))
+            assert positions(method.select(memory, refresh, geo)) == list(range(first, 11))
+        between = positions(pd.select(memory, later._replace(step=jnp.int32(5)), geo))
+        # 3 and 7 were decoded before the previous step, in which 4 was.
+        assert between == ([4, 5, 6, 8, 9, 10] if not geo.shift else [3, 4, 5, 7, 8, 9])
+
+    def greedy(self, geo, window_size, *, committed=(5,), masked=(3, 4, 5, 6, 8, 9, 10), quota=1):
+        method = cache.DKVGreedy(cache_steps=4, window_size=window_size)
+        geo = dataclasses.replace(geo, quota=quota)
+        order = np.arange(LENGTH)[::-1] + 0.0  # from right to left
+        now = row(set(masked) - set(committed), block_step=1, quota=quota, order=order, geo=geo)
+        memory = method.observe(method.init(geo), row(masked), observation(committed), geo)
+        assert method.select(memory, now._replace(block_step=jnp.int32(4)), geo).all()
+        return positions(method.select(memory, now, geo))
+
+    def test_greedy_without_window(self):
+        assert self.greedy(LLADA, 0) == [5, 6]
+        assert self.greedy(DREAM, 0) == [5]
+        assert self.greedy(DREAM, 0, committed=(3,)) == [3, 5]
+
+    def test_greedy_window_takes_the_left_neighbour_first(self):
+        # Around 6: 5 is there already, 7 is no mask, then 4 and 8.
+        assert self.greedy(LLADA, 1) == [4, 5, 6]
+        assert self.greedy(LLADA, 2) == [4, 5, 6, 8]
+        # The predecessor of 6 was just committed; around it come 4, 6 and 3.
+        assert self.greedy(DREAM, 3) == [3, 4, 5, 6]
+
+    def test_greedy_windows_of_several_tokens_do_not_overlap(self):
+        # 6 takes 8; 4, next in order, takes 3. What was decoded before is no part of a window.
+        assert self.greedy(LLADA, 1, quota=2, masked=(3, 4, 5, 6, 8)) == [3, 4, 5, 6, 8]
+
+    def test_greedy_windows_end_where_the_masks_end(self):
+        assert self.greedy(LLADA, 20) == [3, 4, 5, 6, 8, 9, 10]
+
+
+class TestDLLM:
+    def test_layers_compute_what_is_due(self):
+        """kp=4, kr=3: the prompt at 0 and 4, the response at 0, 3 and 6, two positions between."""
+        model, params = small("llada")
+        out = diffusion_generate(
+            params,
+            model,
+            prompts(1, 3),
+            key=jax.random.key(0),
+            decode=DecodeConfig(gen_length=8),
+            cache=cache.DLLMCache(kp=4, kr=3, rou=0.3),
+            record=("computed", "computed_layers"),
+        )
+        prompt, response = range(3), range(3, 11)
+        assert out.computed.all() and out.computed_layers[:, 0, 0].all()
+        for step, sets_L in enumerate(out.computed_layers[:, 0, 1]):
+            computed = positions(sets_L)
+            assert (set(prompt) <= set(computed)) == (step in (0, 4))
+            here = [position for position in computed if position in response]
+            assert here == list(response) if step in (0, 3, 6) else len(here) == 2
+        # Layer 0 is full; layer 1 has slots for what is due, and no more.
+        later = [11, 2, 2, 8, 5, 2, 8, 2]
+        np.testing.assert_array_equal(out.positions_asked[:, 0], [(11 + n) / 2 for n in later])
+        np.testing.assert_array_equal(out.positions_computed, out.positions_asked)
+
+    def test_rows_at_different_steps(self):
+        """Rows that refresh in different steps do so by themselves, in one step shape."""
+        method = cache.DLLMCache(kp=4, kr=3)
+        rows = stacked(*[row(range(3, 11), step=step) for step in (4, 6, 7, 12)])
+        prompt_B, response_B, _ = method.init_acc(rows, EVERY, LLADA)
+        assert prompt_B.tolist() == [True, False, False, True]
+        assert response_B.tolist() == [False, True, False, True]
+        for some, capacity in ((slice(0, 2), LENGTH), (slice(2, 3), 2), (slice(1, 3), 8)):
+            part = jax.tree.map(lambda leaf, some=some: leaf[some], rows)
+            variant = method.variants(LLADA)[int(method.variant_id(part, part.valid_L, LLADA))]
+            assert method.capacity(variant.mode, LLADA) == capacity
+
+    @pytest.mark.parametrize("rou", [0.0, 0.1])
+    def test_a_share_of_less_than_one_position_computes_none(self, rou):
+        assert cache.DLLMCache(rou=rou).capacity(0, LLADA) == 0
+        model, params = small("dream")
+        out = diffusion_generate(
+            params,
+            model,
+            prompts(2, 3),
+            key=jax.random.key(0),
+            decode=DecodeConfig(gen_length=8),
+            cache=cache.DLLMCache(kp=50, kr=4, rou=rou),
+            record=("computed_layers",),
+        )
+        assert not out.computed_layers[1:4, :, 1].any()
+        assert (out.tokens != 39).all()
+
+
+class TestD2:
+    @given(st.lists(st.booleans(), min_size=1, max_size=20), st.floats(0.5, 20))
+    @settings(deadline=None, max_examples=30)
+    def test_density_is_the_weighted_share_of_what_is_known(self, known, sigma):
+        size = len(known)
+        canvas = [1.0] * size + [float(k) for k in known] + [float(known[-1])] * size
+        norm = sum(np.exp(-(d**2) / (2 * sigma**2)) for d in range(-3 * size, 3 * size))
+        want = [
+            sum(
+                there * np.exp(-((size + i - j) ** 2) / (2 * sigma**2))
+                for j, there in enumerate(canvas)
+            )
+            / norm
+            for i in range(size)
+        ]
+        got = density.certainty_density(jnp.asarray(known), sigma)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+    def test_nucleus_stops_before_the_share_is_exceeded(self):
+        weight_L = jnp.asarray([1.0, 5.0, 0.0, 3.0, 1.0])
+        assert positions(d2cache._nucleus(weight_L, 0.81)) == [1, 3]
+        assert positions(d2cache._nucleus(weight_L, 0.79)) == [1]
+        assert positions(d2cache._nucleus(weight_L, 0.0)) == [1]  # at least one
+        assert positions(d2cache._nucleus(jnp.zeros(3), 0.5)) == []
+
+    def test_gaps(self):
+        selected_L = slots([0, 3, 8])
+        assert positions(d2cache._fill_gaps(selected_L, 2)) == [0, 3, 8]
+        assert positions(d2cache._fill_gaps(selected_L, 3)) == [0, 1, 2, 3, 8]
+        assert positions(d2cache._fill_gaps(selected_L, 5)) == list(range(9))
+        assert positions(d2cache._fill_gaps(slots([]), 5)) == []
+        assert positions(d2cache._fill_gaps(slots([4]), 5)) == [4]
+
+    @pytest.mark.parametrize("geo", [LLADA, DREAM])
+    def test_choice_of_the_next_set(self, geo):
+        """Stage one: two masks of the block; stage two: the one position that is attended most."""
+        method = cache.D2Cache(current_k=2, rollout_p=0.0, sigma=1.0, inflate_w=0)
+        before = row(range(3, 11), geo=geo)
+        confidence = np.zeros(LENGTH)
+        confidence[[3, 6, 9, 5]] = [0.9, 0.5, 0.99, 0.7]
+        received = np.zeros((LENGTH, LENGTH))
+        received[0, [1, 8]] = [2.0, 3.0]
+        acc = d2cache.Rollout(jnp.asarray(received, jnp.float32), jnp.arange(LENGTH))
+        seen = observation([3], read=range(3, 11), confidence=confidence, acc=acc)
+        memory = method.observe(method.init(geo), before, seen, geo)
+        # 9 is surer, but belongs to a later block; 3 was committed and is computed once more.
+        needed = [5, 6] if geo is LLADA else [4, 5]
+        assert positions(memory.selected_L) == sorted([3, *needed, 8])
+        np.testing.assert_allclose(memory.confidence_L[3:], confidence[3:], rtol=1e-6)
+
+        # In a step that reads less, the other confidences stay.
+        seen = observation([5], computed=[5, 6], read=[5, 6], confidence=confidence / 2, acc=acc)
+        memory = method.observe(memory, row([4, *range(5, 11)], geo=geo, step=1), seen, geo)
+        np.testing.assert_allclose(memory.confidence_L[jnp.asarray([5, 6, 9])], [0.35, 0.25, 0.99])
+
+    def test_the_end_of_the_prompt_is_there_for_the_first_token_only(self):
+        method = cache.D2Cache(current_k=1, rollout_p=0.0, sigma=1.0, inflate_w=0)
+        received = np.zeros((LENGTH, LENGTH))
+        received[0, 2] = 5.0  # the network looks there most
+        acc = d2cache.Rollout(jnp.asarray(received, jnp.float32), jnp.arange(LENGTH))
+        for best, end in ((3, True), (5, False)):
+            confidence = np.full(LENGTH, 0.01)
+            confidence[best] = 0.9
+            seen = observation([6], read=range(3, 11), confidence=confidence, acc=acc)
+            memory = method.observe(method.init(DREAM), row(range(3, 11), geo=DREAM), seen, DREAM)
+            assert bool(memory.selected_L[2]) == end
+
+    def test_there_is_always_something_to_fill(self):
+        method = cache.D2Cache()
+        memory = method.init(LLADA)._replace(selected_L=slots([0, 9]))
+        now = row([5, 9], block_step=2)
+        assert positions(method.select(memory, now, LLADA)) == [0, 5, 9]
+
+    def test_rollout_equals_the_product_of_matrices(self):
+        """Two layers over a subset of queries, against dense matrices."""
+        rng = np.random.default_rng(0)
+        weights = rng.random((2, 1, 2, 3, LENGTH)).astype(np.float32)
+        weights /= weights.sum(-1, keepdims=True)
+        index_BQ = jnp.asarray([[2, 5, 7, LENGTH]])
+        rolled = np.eye(LENGTH)
+        for layer in weights:
+            step = np.eye(LENGTH)
+            step[[2, 5, 7]] = layer[0].mean(0)
+            step = step + np.eye(LENGTH)
+            rolled = step / step.sum(-1, keepdims=True) @ rolled
+
+        method = cache.D2Cache()
+        query = queries.Queries(index_BQ, index_BQ, jnp.ones((1, LENGTH), bool))
+        acc = method.init_acc(stacked(row(range(3, 11))), query, LLADA)
+        for layer in weights:
+            full = np.concatenate([layer, np.full((1, 2, 1, LENGTH), 0.3, np.float32)], axis=2)
+            acc = d2cache._roll(acc, jnp.asarray(full)[:, None], query.valid_BL)
+        np.testing.assert_allclose(acc.rows_BQL[0, :3], rolled[[2, 5, 7]], atol=1e-6)
+        assert not acc.rows_BQL[0, 3].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *((name, "llada") for name in cache.METHODS),
+        *((name, "dream") for name in ("dkv-decode", "d2cache")),
+    ],
+)
+def test_padding_waste(name, family):
+    """Default parameters at the size of a real task: less than a quarter of the slots is empty."""
+    config = small_config(family, max_length=384)
+    model = Transformer(config)
+    params = model.init(jax.random.key(1), np.zeros((1, 4), np.int32))["params"]
+    params["head"]["kernel"] = 8.0 * params["head"]["kernel"]
+    alg = "random" if name == "dkv-greedy" else None
+    decode = DecodeConfig.for_model(config, gen_length=256, block_length=32, alg=alg)
+    out = diffusion_generate(
+        params, model, prompts(1, 128), key=jax.random.key(0), decode=decode, cache=cache.make(name)
+    )
+    asked, computed = float(out.positions_asked.sum()), float(out.positions_computed.sum())
+    assert (computed - asked) / computed < 0.25
+    everything = float(out.nfe) * 384
+    assert computed == everything if name == "none" else computed < 0.75 * everything
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "words"),
+    [
+        ("dkv-decode", dict(cache_steps=0), "cache_steps is 0; it must be at least 1"),
+        ("dkv-decode", dict(shift_type="right"), "take 'un_right'"),
+        ("dkv-decode", dict(shift_type="left"), "must be un or un_right"),
+        ("dkv-pd", dict(cache_steps=-1), "cache_steps is -1; it must be at least 1"),
+        ("dkv-pd", dict(shift_type="right"), "take 'un_right'"),
+        ("dkv-greedy", dict(cache_steps=0), "cache_steps is 0; it must be at least 1"),
+        ("dkv-greedy", dict(window_size=-1), "window_size is -1; it must be at least 0"),
+        ("prefix", dict(block_start="last"), "must be one of shifted, first-column"),
+        ("dllm", dict(kp=0), "kp is 0; it must be at least 1"),
+        ("dllm", dict(kr=0), "kr is 0; it must be at least 1"),
+        ("dllm", dict(rou=1.5), r"rou is 1.5; it must lie in \[0, 1\]"),
+        ("d2cache", dict(rollout_p=-0.1), r"rollout_p is -0.1; it must lie in \[0, 1\]"),
+        ("d2cache", dict(current_k=0), "current_k is 0; it must be at least 1"),
+        ("d2cache", dict(sigma=0), "sigma is 0; it must be above 0"),
+        ("d2cache", dict(inflate_w=-1), "inflate_w is -1; it must be at least 0"),
+        ("d2cache", dict(sigma=float("nan")), "sigma is nan; it must be 0 or more"),
+    ],
+)
+def test_parameters_out_of_range(name, parameters, words):
+    with pytest.raises(ValueError, match=words):
+        cache.make(name, **parameters)
+
+
+def test_parameters_of_the_wrong_type():
+    for wrong in (2.5, "2", True, None):
+        with pytest.raises(ValueError, match="it must be a whole number"):
+            check_whole("kp", wrong, 1)
+    for wrong in ("many", True, None):
+        with pytest.raises(ValueError, match="it must be a number"):
+            check_number("rou", wrong, 0)
+    with pytest.raises(ValueError, match="sigma is inf; it must be 0 or more"):
+        check_number("sigma", float("inf"), 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes", "words"),
+    [
+        ("llada", cache.DKVDecode(shift_type="un"), {}, "llada predicts a token at its own"),
+        ("llada", cache.DKVPD(shift_type="un_right"), {}, "leave shift_type out"),
+        ("llada", cache.Dual(block_start="first-column"), {}, "leave block_start out"),
+        ("llada", cache.DKVGreedy(), {}, "'low_confidence', an order that depends on confidence"),
+        ("dream", cache.DKVGreedy(), dict(alg="entropy"), "so set alg to random"),
+    ],
+)
+def test_meaningless_combinations_are_refused(family, method, changes, words):
+    model, params = small(family)
+    with pytest.raises(ValueError, match=words):
+        diffusion_generate(
+            params,
+            model,
+            prompts(1, 3),
+            key=jax.random.key(0),
+            decode=DecodeConfig(gen_length=8, **changes),
+            cache=method,
+        )
+
+
+def test_a_given_order_is_followed():
+    model, params = small("llada")
+    order = np.random.default_rng(3).permutation(22).reshape(2, 11)
+
+    def run(draws):
+        return diffusion_generate(
+            params,
+            model,
+            prompts(2, 3),
+            key=jax.random.key(0),
+            decode=DecodeConfig(gen_length=8, block_length=4, alg="random"),
+            cache=cache.DKVGreedy(),
+            draws=draws,
+        )
+
+    out = run(Draws(order=order))
+    for start in (3, 7):
+        block = slice(start, start + 4)
+        np.testing.assert_array_equal(
+            np.argsort(out.committed_at[:, block]), np.argsort(order[:, block])
+        )
+    with pytest.raises(ValueError, match=r"draws.order has shape \(2, 8\); it must be \(2, 11\)"):
+        run(Draws(order=order[:, 3:]))
+
+
+def test_a_random_order_depends_on_the_key_of_the_row():
+    model, params = small("llada")
+
+    def run(key):
+        return diffusion_generate(
+            params,
+            model,
+            prompts(2, 3),
+            key=key,
+            decode=DecodeConfig(gen_length=16, alg="random"),
+        ).committed_at
+
+    first, again, other = run(jax.random.key(0)), run(jax.random.key(0)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any() and (first[0] != first[1]).any()
