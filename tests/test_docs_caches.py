@@ -1,0 +1,100 @@
+"""docs/caches.md: its code runs, and what it says of parameters, costs and figures holds."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import shlex
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, prompts, small
+
+from dlm_jax import arithmetic, cache, generate
+from dlm_jax.config import DecodeConfig
+from dlm_jax.decode import diffusion_generate
+
+DOCS = ROOT / "docs"
+PAGE = (DOCS / "caches.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S)
+
+
+def test_snippets_work_one_after_the_other():
+    namespace: dict = {"__name__": "snippets"}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for language, text in BLOCKS:
+            if language == "python":
+                exec(text, namespace)
+    *answers, cost = out.getvalue().splitlines()
+    assert [arithmetic.extract_answer(line) for line in answers] == [9 * 6 + 9, (22 - 8) // 2]
+    assert re.fullmatch(r"48 forwards, \d+ positions asked, \d+ computed, of 80", cost)
+    assert (namespace["periodic"].tokens != namespace["config"].mask_id).all()
+
+
+def test_command(capsys):
+    (command,) = [text for language, text in BLOCKS if language == "bash"]
+    program, option, module, *argv = shlex.split(command)
+    assert [program, option, module] == ["python", "-m", "dlm_jax.generate"]
+    assert generate.main(argv) == 0
+    assert arithmetic.extract_answer(capsys.readouterr().out) is not None
+
+
+@pytest.mark.parametrize("name", cache.METHODS)
+def test_every_method_has_its_line_its_section_and_its_figure(name):
+    (line,) = re.findall(rf"^\| \[`{name}`\]\(#{name}\) \|([^|]*)\|", PAGE, re.M)
+    told = re.findall(r"`([^`]+)`", line)
+    fields = dataclasses.fields(cache.METHODS[name])
+    assert told == [f"{field.name}={field.default!r}" for field in fields]
+    (section,) = re.findall(rf"^## {name}\n(.*?)^## ", PAGE, re.M | re.S)
+    assert f"![{name}](caches/{name}.png)" in section
+    for field in fields:
+        assert f"`{field.name}" in section or "as for `" in section
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert target.startswith("https://arxiv.org/abs/") or (DOCS / target).exists(), target
+
+
+PROMPT, GEN, BLOCK = 8, 16, 4
+LENGTH, BLOCKS_OF, STEPS = PROMPT + GEN, GEN // BLOCK, BLOCK
+MASKS = [GEN - step for step in range(GEN)]
+FORMULAS = {
+    "none": lambda t, b, i: LENGTH,
+    "dkv-decode": lambda t, b, i: LENGTH if i <= 1 or i % 3 == 0 else MASKS[t] + 1,
+    "dkv-prefill": lambda t, b, i: GEN if t else LENGTH,
+    "dkv-pd": lambda t, b, i: (GEN if t else LENGTH) if t % 3 == 0 else MASKS[t] + 1,
+    "prefix": lambda t, b, i: GEN - b * BLOCK if i else LENGTH,
+    "dual": lambda t, b, i: BLOCK if i else LENGTH,
+    "dllm": lambda t, b, i: (
+        (LENGTH + (GEN if t % 3 == 0 else GEN // 4) + (PROMPT if t % 5 == 0 else 0)) / 2
+    ),
+}
+"""Positions in step t, the i-th of block b, with one token per step and two layers."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMULAS)
+def test_cost_is_what_the_formula_says(name):
+    parameters = dict(cache_steps=3, kp=5, kr=3)
+    fields = {field.name for field in dataclasses.fields(cache.METHODS[name])}
+    model, params = small("llada")
+    out = diffusion_generate(
+        params,
+        model,
+        prompts(1, PROMPT),
+        key=jax.random.key(0),
+        decode=DecodeConfig(gen_length=GEN, block_length=BLOCK),
+        cache=cache.make(name, **{key: parameters[key] for key in fields & set(parameters)}),
+    )
+    expected = [FORMULAS[name](t, *divmod(t, STEPS)) for t in range(GEN)]
+    np.testing.assert_allclose(out.positions_asked[:, 0], expected)
+
+
+@pytest.mark.parametrize("name", cache.METHODS)
+def test_figures_are_small(name):
+    data = (DOCS / "caches" / f"{name}.png").read_bytes()
+    size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    assert size == (660, 352) and len(data) < 50_000
