@@ -103,8 +103,9 @@ class DecodeConfig:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1].")
         if _concrete(self.top_k) and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 1.")
-        if _concrete(self.max_forwards) and self.max_forwards < 1:
-            raise ValueError(f"max_forwards is {self.max_forwards}; it must be at least 1.")
+        limit = self.max_forwards
+        if _concrete(limit) and (limit != int(limit) or limit < 1):
+            raise ValueError(f"max_forwards is {limit}; it must be a whole number from 1 on.")
         self.geometry(prompt=1, shift=0)
 
     @classmethod

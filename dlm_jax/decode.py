@@ -102,18 +102,20 @@ def diffusion_generate(
       record: names out of `RECORDS`; what is not asked for costs nothing.
       draws: random numbers to use instead of those that `key` gives.
       state: goes on from `GenerateOutput.state` of an earlier call with the same arguments
-        (`decode.max_forwards` apart); the result is that of one uninterrupted call.
+        (`decode.max_forwards` apart, which counts from the start of the generation); the result is
+        that of one uninterrupted call.
 
     Raises:
       ValueError: shapes or settings that do not fit; one sentence says what would be right.
     """
     args = _prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache, draws)
-    for name in record:
-        if name not in RECORDS:
-            raise ValueError(f"record holds {name!r}; it must be among {', '.join(RECORDS)}.")
+    for name in [record] if isinstance(record, str) else record:
+        if isinstance(record, str) or name not in RECORDS:
+            raise ValueError(
+                f"record is {record!r}; it must be a tuple of names among {', '.join(RECORDS)}."
+            )
     if state is not None:
-        batch, prompt = jnp.shape(prompt_BP)
-        _check_state(state, record, (batch, prompt + decode.gen_length))
+        _check_state(state, record, args)
     return _generate(*args, record=tuple(sorted(record)), state=state)
 
 
@@ -133,7 +135,7 @@ def diffusion_stream(
     watching and debugging, not for speed.
     """
     setup, tokens_BL = _jit_setup(
-        *_prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache, Draws())
+        *_prepare(params, model, prompt_BP, prompt_mask_BP, key, decode, cache)
     )
     return _frames(setup, _jit_begin(setup, tokens_BL))
 
@@ -160,7 +162,7 @@ def _prepare(
     key: Array,
     decode: DecodeConfig,
     cache: CacheMethod,
-    draws: Draws,
+    draws: Draws = Draws(),  # noqa: B008 (immutable)
 ) -> tuple:
     """Checks the arguments and splits them into what is traced and what is static."""
     config = model.config
@@ -182,6 +184,8 @@ def _prepare(
         raise ValueError("The prompt has no rows; at least one is needed.")
     if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
         raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
+    if not isinstance(cache, CacheMethod):
+        raise ValueError(f"cache is {cache!r}; make one with dlm_jax.cache.make(name, ...).")
     cache.check(config, decode)
     geo = decode.geometry(prompt=prompt, shift=config.shift)
     if draws.order is not None and jnp.shape(draws.order) != (batch, geo.length):
@@ -228,13 +232,8 @@ def _prepare(
     )
 
 
-def _check_state(state: DecodeState, record: tuple[str, ...], shape: tuple[int, int]) -> None:
-    """Refuses a state that does not belong to the call."""
-    if state.tokens_BL.shape != shape:
-        raise ValueError(
-            f"The state is of a generation of shape {state.tokens_BL.shape}, but prompt and "
-            f"gen_length make {shape}; resume with the arguments of the interrupted call."
-        )
+def _check_state(state: DecodeState, record: tuple[str, ...], args: tuple) -> None:
+    """Refuses a state that cannot be of the call with these arguments."""
     kept = dict(computed=state.computed_TBL, computed_layers=state.layer_sets)
     for name, records in kept.items():
         if name in record and records is None:
@@ -242,6 +241,23 @@ def _check_state(state: DecodeState, record: tuple[str, ...], shape: tuple[int, 
                 f"record holds {name!r}, which the state lacks; the interrupted call must record "
                 "it as well."
             )
+    recorded = tuple(name for name, records in kept.items() if records is not None)
+    traced, static = args[:6], args[6:]
+    wanted = jax.eval_shape(lambda traced: begin(*_setup(*traced, *static), recorded), traced)
+
+    def shapes(state: DecodeState) -> tuple:
+        leaves, structure = jax.tree.flatten(state)
+        return structure, [(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
+
+    _, prompt_BP, *_ = traced
+    tokens_BL, concrete = state.tokens_BL, not isinstance(prompt_BP, Tracer)
+    concrete = concrete and not isinstance(tokens_BL, Tracer) and not static[1].infill
+    other = shapes(state) != shapes(wanted)
+    if other or (concrete and (tokens_BL[:, : prompt_BP.shape[1]] != prompt_BP).any()):
+        raise ValueError(
+            "The state is not of this generation; resume with the prompt, the decoding and the "
+            "cache of the interrupted call."
+        )
 
 
 def _setup(

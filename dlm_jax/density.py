@@ -1,7 +1,4 @@
-"""Certainty density of d2Cache (arXiv 2509.23094, equation 3): how much is known around a position.
-
-Used to choose what is recomputed (`cache/d2cache.py`).
-"""
+"""Certainty density: how much is known around a position (d2Cache, arXiv 2509.23094, eq. 3)."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -114,6 +114,8 @@ class DecodeState(NamedTuple):
     block_step_B: Int[Array, " B"]
     block_masks_B: Int[Array, " B"]
     """Masks of the row's block when the row entered it."""
+    passed_BL: Bool[Array, "B L"] | None
+    """Positions that an order drawn in advance has come to; None where none comes back to them."""
     # cache
     selected_BL: Bool[Array, "B L"]
     """What the next forward computes."""
@@ -150,6 +152,12 @@ def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = 
         block_B=zeros_B,
         block_step_B=zeros_B,
         block_masks_B=zeros_B,
+        # An order goes on even if the candidate was the mask token, where that is not banned.
+        passed_BL=(
+            None
+            if setup.order_BL is None or setup.decode.ban_mask
+            else jnp.zeros(tokens_BL.shape, bool)
+        ),
         selected_BL=jnp.zeros(tokens_BL.shape, bool),
         variant=jnp.zeros((), jnp.int32),
         memory=memory,
@@ -210,7 +218,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     final_BL = commit_BL & (tokens_BL != config.mask_id)
 
     # Remember.
-    obs = Observation(state.selected_BL, read_BL, final_BL, confidence_BL, tokens_BL, acc)
+    obs = Observation(state.selected_BL, read_BL, commit_BL, confidence_BL, tokens_BL, acc)
     observed = jax.vmap(functools.partial(method.observe, geo=geo))(state.memory, rows, obs)
     active_B = jnp.any(rows.eligible_L, axis=-1)
     state = _record(state, method.layer_sets(state.selected_BL, acc, config))
@@ -219,6 +227,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
         committed_at_BL=jnp.where(final_BL, state.nfe, state.committed_at_BL),
         confidence_BL=jnp.where(final_BL, confidence_BL, state.confidence_BL),
         nfe=state.nfe + 1,
+        passed_BL=None if state.passed_BL is None else state.passed_BL | commit_BL,
         step_B=state.step_B + active_B.astype(jnp.int32),
         memory=jax.vmap(_keep_unless)(active_B, observed, state.memory),
         cache=cache,
@@ -285,11 +294,14 @@ def _rows(setup: Setup, state: DecodeState) -> Row:
     end_B = geo.prompt + (state.block_B + 1) * geo.block
     inside_BL = jnp.arange(geo.length)[None] < end_B[:, None]
     running_B = state.block_B < geo.num_blocks
+    eligible_BL = masked_BL & inside_BL & running_B[:, None]
+    if state.passed_BL is not None:
+        eligible_BL = eligible_BL & ~state.passed_BL
     rows = Row(
         tokens_L=state.tokens_BL,
         valid_L=setup.valid_BL,
         masked_L=masked_BL,
-        eligible_L=masked_BL & inside_BL & running_B[:, None],
+        eligible_L=eligible_BL,
         quota=setup.schedule.quota(
             state.block_masks_B, _block_masks(setup, state), state.block_step_B
         ),

@@ -4,9 +4,9 @@
     python scripts/bench.py --caches dual,dllm:kp=100+rou=0.1 --gen-length 64
 
 Every cache generates after the same random prompts, with random weights unless --preset names a
-checkpoint. Programs are compiled ahead of time and run once to warm up; then each round runs every
-cache once, so that whatever slows the machine for a while slows all of them. `none` always runs,
-as the baseline. Times are medians over the rounds.
+checkpoint. Programs are compiled ahead of time and run for a few forwards first; then each round
+runs every cache once, so that whatever slows the machine for a while slows all of them. `none`
+always runs, as the baseline. Times are medians over the rounds.
 
 The predicted speed-up is a ratio of matrix-product FLOPs, counted in the jaxpr of each step shape
 and summed over the forwards that really ran. Random weights attend to everything alike, so what
@@ -36,13 +36,13 @@ from dlm_jax import checkpoint, models
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cache.base import Variant
 from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import Draws, GenerateOutput, _prepare, _setup, diffusion_generate
+from dlm_jax.decode import GenerateOutput, _prepare, _setup, diffusion_generate
 from dlm_jax.models import Config, Transformer
 from dlm_jax.step import DecodeState, begin, step
 from dlm_jax.typing import Array, Params
 
-PROFILED_FORWARDS = 8
-
+FIRST_FORWARDS = 8
+"""Of the run that warms a program up, and of the one that is traced."""
 COLUMNS = (
     ("cache", "cache", "{}"),
     ("batch", "batch", "{}"),
@@ -58,8 +58,8 @@ COLUMNS = (
 )
 """Heading, key of the row, format."""
 
-Run = Callable[[], tuple[GenerateOutput, float]]
-"""A compiled generation: returns its result and its seconds."""
+Run = Callable[..., tuple[GenerateOutput, float]]
+"""A compiled generation, of at most so many forwards if told: its result and its seconds."""
 Row = dict[str, Any]
 """What was measured of one cache at one batch size; an element of `rows` in the JSON file."""
 
@@ -87,18 +87,16 @@ def count_flops(jaxpr: Any) -> int:
     """FLOPs of all matrix products in a jaxpr: 2 M N K each, bodies of loops once per turn."""
     total = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        kind = eqn.primitive.name
+        if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
         values = jax.tree.leaves(list(eqn.params.values()))
         inner = [count_flops(value) for value in values if hasattr(value, "eqns")]
-        if eqn.primitive.name == "while" and any(inner):
+        if kind == "while" and any(inner):
             raise ValueError("A loop of unknown length holds matrix products; they have no number.")
-        if eqn.primitive.name == "cond":
-            total += max(inner)
-        else:
-            total += sum(inner) * eqn.params.get("length", 1)
+        total += max(inner) if kind == "cond" else sum(inner) * eqn.params.get("length", 1)
     return total
 
 
@@ -111,7 +109,7 @@ def step_flops(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> lis
       ValueError: the arguments do not fit each other.
     """
     model, params, prompt_BP, key = inputs
-    args = _prepare(params, model, prompt_BP[:1], None, key, decode, method, Draws())
+    args = _prepare(params, model, prompt_BP[:1], None, key, decode, method)
     traced, static = args[:6], args[6:]
     geo = decode.geometry(prompt=prompt_BP.shape[1], shift=model.config.shift)
 
@@ -119,11 +117,8 @@ def step_flops(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> lis
         setup, tokens_BL = _setup(*traced, *static)
         return step(setup, begin(setup, tokens_BL), variant)  # no products before the step
 
-    def flops(variant: Variant) -> int:
-        closed = jax.make_jaxpr(functools.partial(first_step, variant=variant))(*traced)
-        return count_flops(closed.jaxpr)
-
-    return [flops(variant) for variant in method.variants(geo)]
+    steps = [functools.partial(first_step, variant=variant) for variant in method.variants(geo)]
+    return [count_flops(jax.make_jaxpr(one)(*traced).jaxpr) for one in steps]
 
 
 def parse_caches(text: str) -> dict[str, CacheMethod]:
@@ -202,16 +197,20 @@ def initialiser(config: Config, dtype: np.dtype) -> Callable[[Array], Params]:
 
 
 def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> tuple[Run, float]:
-    """A generation, and the seconds that tracing and compiling it took."""
+    """A generation of at most so many forwards, and the seconds that compiling it took."""
     model, params, prompt_BP, key = inputs
-    generate = functools.partial(diffusion_generate, model=model, decode=decode, cache=method)
+
+    def generate(params: Params, prompt_BP: Array, key: Array, limit: Array) -> GenerateOutput:
+        limited = dataclasses.replace(decode, max_forwards=limit)
+        return diffusion_generate(params, model, prompt_BP, key=key, decode=limited, cache=method)
+
     start = time.perf_counter()
-    program = jax.jit(generate).lower(params, prompt_BP=prompt_BP, key=key).compile()
+    program = jax.jit(generate).lower(params, prompt_BP, key, np.int32(1)).compile()
     seconds = time.perf_counter() - start
 
-    def run() -> tuple[GenerateOutput, float]:
+    def run(limit: int = np.iinfo(np.int32).max) -> tuple[GenerateOutput, float]:
         start = time.perf_counter()
-        out = jax.block_until_ready(program(params, prompt_BP=prompt_BP, key=key))
+        out = jax.block_until_ready(program(params, prompt_BP, key, np.int32(limit)))
         return out, time.perf_counter() - start
 
     return run, seconds
@@ -219,20 +218,23 @@ def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> 
 
 def measure(cases: Sequence[Case], inputs: Inputs, repeat: int) -> list[Row]:
     """Compiles all cases for one batch, warms them up and times them in turns; one row each."""
-    runs, outs, compile_seconds = [], [], []
+    programs = []
     for i, case in enumerate(cases, 1):
         run, seconds = compile_ahead(inputs, case.decode, case.method)
-        out, first = run()
-        runs.append(run)
-        outs.append(jax.device_get(out))
-        compile_seconds.append(seconds)
+        _, first = run(FIRST_FORWARDS)
+        programs.append((case, run, seconds))
         _note(
             f"batch {len(inputs.prompt_BP)}, {i}/{len(cases)} {case.label}: compiled in "
-            f"{seconds:.1f} s, first run {first:.2f} s, {repeat} to follow"
+            f"{seconds:.1f} s, {FIRST_FORWARDS} forwards in {first:.2f} s"
         )
-    rounds = [[run()[1] for run in runs] for _ in range(repeat)]
-    measured = zip(cases, outs, compile_seconds, zip(*rounds, strict=True), strict=True)
-    rows = [describe(*one) for one in measured]
+    rounds = []
+    for i in range(repeat):
+        rounds.append([run() for _, run, _ in programs])
+        _note(f"batch {len(inputs.prompt_BP)}, round {i + 1}/{repeat} done")
+    rows = [
+        describe(case, jax.device_get(done[0][0]), compile_s, [seconds for _, seconds in done])
+        for (case, _, compile_s), done in zip(programs, zip(*rounds, strict=True), strict=True)
+    ]
     return [compare(row, rows[0]) for row in rows]
 
 
@@ -251,9 +253,7 @@ def describe(case: Case, out: GenerateOutput, compile_s: float, seconds: Sequenc
         "seconds": median,
         "seconds_all": list(seconds),
         "forwards": nfe,
-        "forwards_by_positions": {
-            f"{size:g}": int(count) for size, count in zip(sizes, counts, strict=True)
-        },
+        "forwards_by_positions": dict(zip(map("{:g}".format, sizes), counts.tolist(), strict=True)),
         "ms_per_step": 1e3 * median / nfe,
         "tokens_per_s": batch * gen / median,
         "positions_per_token": computed / gen,
@@ -266,21 +266,18 @@ def compare(row: Row, baseline: Row) -> Row:
     """The row with its speed-up over the baseline, measured and predicted from FLOPs."""
     speedup = baseline["seconds"] / row["seconds"]
     predicted = baseline["gflop_per_token"] / row["gflop_per_token"]
-    return row | {
-        "speedup": speedup,
-        "predicted_speedup": predicted,
-        "measured_to_predicted": speedup / predicted,
-    }
+    return row | dict(
+        speedup=speedup, predicted_speedup=predicted, measured_to_predicted=speedup / predicted
+    )
 
 
 def profile(case: Case, inputs: Inputs, directory: Path) -> None:
     """Writes a profiler trace of the first few steps of a case."""
-    decode = dataclasses.replace(case.decode, max_forwards=PROFILED_FORWARDS)
-    run, _ = compile_ahead(inputs, decode, case.method)
-    run()
+    run, _ = compile_ahead(inputs, case.decode, case.method)
+    run(FIRST_FORWARDS)
     with jax.profiler.trace(directory):
-        run()
-    _note(f"traced {PROFILED_FORWARDS} forwards of {case.label}, batch {len(inputs.prompt_BP)}")
+        run(FIRST_FORWARDS)
+    _note(f"traced {FIRST_FORWARDS} forwards of {case.label}, batch {len(inputs.prompt_BP)}")
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -322,11 +319,9 @@ def _whole(text: str, least: int = 0) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
+    layout = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
-        prog="bench.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        prog="bench.py", description=__doc__, formatter_class=layout, allow_abbrev=False
     )
     add, positive = parser.add_argument, functools.partial(_whole, least=1)
     add("--preset", default="bench-60m", help="preset, embedded model or checkpoint directory")

@@ -23,6 +23,13 @@ CHECKPOINTS = GOLDEN / "checkpoints"
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees what a module compiled: a process can only hold so many programs."""
+    yield
+    jax.clear_caches()
+
+
 @functools.cache
 def tiny(name: str) -> tuple[Transformer, dict]:
     """One of the recorded tiny checkpoints, in float32."""

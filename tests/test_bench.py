@@ -159,7 +159,7 @@ def test_rows(tmp_path, capsys):
     assert document["command"].startswith("python scripts/bench.py --preset small")
     none, dual = document["rows"]
     assert len(out.splitlines()) == 3
-    assert len(err.splitlines()) == 3  # a line of progress for each, and one for the trace
+    assert len(err.splitlines()) == 5  # a line of progress for each and each round, and the trace
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "trace"]
     assert list(trace.rglob("*.xplane.pb"))
 

@@ -1,6 +1,7 @@
 """The cache methods by hand: which positions they ask for, on canvases small enough to count."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ def observation(committed=(), computed=range(LENGTH), read=(), confidence=None, 
         read_L=slots(read),
         committed_L=slots(committed),
         confidence_L=confidence_L.astype(jnp.float32),
-        tokens_L=jnp.zeros(LENGTH, jnp.int32),
+        tokens_L=slots(committed).astype(jnp.int32),
         acc=acc,
     )
 
@@ -310,6 +311,8 @@ class TestD2:
         assert positions(d2cache._nucleus(weight_L, 0.79)) == [1]
         assert positions(d2cache._nucleus(weight_L, 0.0)) == [1]  # at least one
         assert positions(d2cache._nucleus(jnp.zeros(3), 0.5)) == []
+        many_L = jnp.asarray(np.random.default_rng(0).random(400), jnp.float32)
+        assert d2cache._nucleus(many_L, 1.0).all()  # whatever the sum is rounded to
 
     def test_gaps(self):
         selected_L = slots([0, 3, 8])
@@ -383,10 +386,58 @@ class TestD2:
 
 
 @pytest.mark.parametrize(
+    "changes",
+    [
+        dict(schedule="even", steps=4),
+        dict(schedule="timestep", steps=2),
+        dict(schedule="fixed", num_transfer_tokens=2),
+    ],
+    ids=lambda changes: changes["schedule"],
+)
+def test_the_first_column_alone_delays_a_block_but_leaves_no_mask(changes):
+    model, params = small("dream")
+    out = diffusion_generate(
+        params,
+        model,
+        prompts(1, 3),
+        key=jax.random.key(0),
+        decode=DecodeConfig(gen_length=8, block_length=4, **changes),
+        cache=cache.Dual(block_start="first-column"),
+        record=("history",),
+    )
+    assert (out.tokens != 39).all()
+    starts = np.asarray(out.committed_at[0, [3, 7]])
+    assert [int((out.committed_at == start).sum()) for start in starts] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["dkv-decode", "dkv-prefill", "dkv-pd", "dual", "d2cache"])
+def test_masks_anywhere_in_the_prompt_are_filled(name):
+    """A row's first token too, which Dream predicts at its own position; padded and not."""
+    model, params = small("dream")
+    prompt = prompts(2, 4).copy()
+    prompt[0, [0, 2]] = prompt[1, [1, 3]] = 39
+    out = diffusion_generate(
+        params,
+        model,
+        prompt,
+        np.array([[True] * 4, [False, True, True, True]]),
+        key=jax.random.key(0),
+        decode=DecodeConfig(gen_length=8, block_length=4, infill=True),
+        cache=cache.make(name),
+    )
+    assert (out.tokens[0] != 39).all() and (out.tokens[1, 1:] != 39).all()
+
+
+@pytest.mark.parametrize(
     ("name", "family"),
     [
-        *((name, "llada") for name in cache.METHODS),
-        *((name, "dream") for name in ("dkv-decode", "d2cache")),
+        *((name, "llada") for name in ("dkv-decode", "dkv-pd", "prefix", "d2cache")),
+        pytest.param("d2cache", "dream", marks=pytest.mark.slow),
+        # Their step shapes are exactly what they ask for.
+        *(
+            pytest.param(name, "dream", marks=pytest.mark.slow)
+            for name in ("none", "dkv-greedy", "dkv-prefill", "dual", "dllm")
+        ),
     ],
 )
 def test_padding_waste(name, family):
@@ -436,6 +487,8 @@ def test_parameters_of_the_wrong_type():
     for wrong in (2.5, "2", True, None):
         with pytest.raises(ValueError, match="it must be a whole number"):
             check_whole("kp", wrong, 1)
+    check_whole("kp", np.int64(5), 1)
+    check_number("rou", np.float32(0.5), 0, 1)
     for wrong in ("many", True, None):
         with pytest.raises(ValueError, match="it must be a number"):
             check_number("rou", wrong, 0)
@@ -464,6 +517,29 @@ def test_meaningless_combinations_are_refused(family, method, changes, words):
             decode=DecodeConfig(gen_length=8, **changes),
             cache=method,
         )
+
+
+def test_calls_that_are_no_calls():
+    model, params = small("llada")
+    for wrong, words in (
+        (dict(record="state"), "record is 'state'; it must be a tuple of names"),
+        (dict(record=("state", "all")), "it must be a tuple of names"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=words):
+            untyped(diffusion_generate)(
+                params,
+                model,
+                prompts(1, 3),
+                key=jax.random.key(0),
+                **dict(decode=DecodeConfig(gen_length=8)) | wrong,
+            )
+    with pytest.raises(ValueError, match="max_forwards is 2.7; it must be a whole number"):
+        DecodeConfig(max_forwards=2.7)
+
+
+def untyped(function):
+    """The function without the type checks that the tests put around it."""
+    return inspect.unwrap(function)
 
 
 def test_a_given_order_is_followed():

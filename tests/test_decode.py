@@ -341,7 +341,7 @@ class TestBadInput:
         self.check("context ends at 64", decode=DecodeConfig(gen_length=64))
         self.check("must lie in 0 to 39", prompt=prompts(2, 3) + 30)
         self.check("set infill=True", prompt=np.full((1, 3), 39, np.int32))
-        self.check("record holds 'tokens'", record=("tokens",))
+        self.check("it must be a tuple of names", record=("tokens",))
 
 
 def test_frames_show_a_mask_until_the_commit():

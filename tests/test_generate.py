@@ -6,6 +6,7 @@ The model is random, so its text means nothing; what is checked is where every p
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,13 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
     step = np.arange(4)[:, None, None]
     assert (frames == np.where(committed_at <= step, final, written["mask_id"])).all()
     assert os.listdir(tmp_path) == ["history.json"]
+
+
+def test_the_help_lists_all_caches(capsys):
+    with pytest.raises(SystemExit):
+        generate.parse(["--help"])
+    told = re.findall(r"[a-z0-9-]+", capsys.readouterr().out.split("--cache NAME")[1][:200])
+    assert set(cache.METHODS) <= set(told)
 
 
 def test_a_cache_computes_less(model, capsys):

@@ -30,10 +30,14 @@ class TestQueries:
         index = queries.pack_index(jnp.asarray(mask), capacity)
         for row in range(2):
             chosen = np.flatnonzero(mask[row])
-            assert index[row].tolist() == chosen.tolist() + [9] * (capacity - len(chosen))
+            if capacity == 9:  # everything keeps its place
+                assert index[row].tolist() == np.where(mask[row], np.arange(9), 9).tolist()
+            else:
+                assert index[row].tolist() == chosen.tolist() + [9] * (capacity - len(chosen))
         where = queries.unpack_index(index, 9)
         for row in range(2):
-            expected = np.where(mask[row], np.cumsum(mask[row]) - 1, capacity)
+            slot = np.arange(9) if capacity == 9 else np.cumsum(mask[row]) - 1
+            expected = np.where(mask[row], slot, capacity)
             assert where[row].tolist() == expected.tolist()
 
     @settings(max_examples=30, deadline=None, derandomize=True)
@@ -95,6 +99,7 @@ class TestLayers:
 
     def test_bfloat16_keeps_a_float32_softmax(self):
         q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), jnp.bfloat16)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         out, weights = attention(q, k, v, jnp.ones((1, 1, 5), bool))
         assert out.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
         np.testing.assert_allclose(weights.sum(-1), jnp.ones((1, 2, 1, 5)), rtol=1e-6)
@@ -159,8 +164,8 @@ class TestDecodeConfig:
         static, numbers = DecodeConfig(temperature=0.5, top_k=3).split()
         assert static == DecodeConfig() and numbers.top_p is None
         assert (float(numbers.temperature), int(numbers.top_k)) == (0.5, 3)
-        assert DecodeConfig().split()[1] == (None, None, None)
-        assert DecodeConfig(temperature=jnp.float32(0), top_p=1.0).split()[1] == (None, None, None)
+        assert set(DecodeConfig().split()[1]) == {None}
+        assert set(DecodeConfig(temperature=jnp.float32(0), top_p=1.0).split()[1]) == {None}
 
 
 class TestModelConfigs:

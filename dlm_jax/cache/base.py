@@ -8,6 +8,7 @@ row and are vmapped by the loop, so that rows cannot leak into one another.
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
@@ -65,6 +66,7 @@ class Observation(NamedTuple):
     read_L: Bool[Array, " L"]
     """Positions whose logits were read."""
     committed_L: Bool[Array, " L"]
+    """Positions that were filled; the mask token, unless it is banned, may be what they got."""
     confidence_L: Float[Array, " L"]
     """-inf where no logits were read."""
     tokens_L: Int[Array, " L"]
@@ -131,17 +133,17 @@ def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[Variant, ...]:
 
 def check_whole(name: str, value: object, least: int) -> None:
     """Refuses a parameter that is no whole number, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} is {value!r}; it must be a whole number.")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
 
 def check_number(name: str, value: object, low: int, high: int | None = None) -> None:
     """Refuses a parameter that is no number, or outside `[low, high]`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not low <= value <= (math.inf if high is None else high) or math.isinf(value):
+    if not low <= float(value) <= (math.inf if high is None else high) or math.isinf(value):
         wanted = f"be {low} or more" if high is None else f"lie in [{low}, {high}]"
         raise ValueError(f"{name} is {value}; it must {wanted}.")
 
@@ -159,8 +161,11 @@ class CacheMethod:
     """Whether the rows of a batch leave a block together unless the user says otherwise."""
     reads_ahead: ClassVar[bool] = False
     """Whether `readable` goes beyond what the step may fill."""
-    partial: ClassVar[bool] = False
-    """Whether a step may be able to read fewer positions than the schedule wants to fill."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether a step may fill fewer positions than the schedule wants."""
+        return False
 
     def check(self, config: Config, decode: DecodeConfig) -> None:
         """Refuses a model or decoding that the method has no meaning for.

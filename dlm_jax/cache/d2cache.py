@@ -75,7 +75,10 @@ class D2Cache(CacheMethod):
 
     name: ClassVar[str] = "d2cache"
     reads_ahead: ClassVar[bool] = True
-    partial: ClassVar[bool] = True
+
+    @property
+    def partial(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         check_number("rollout_p", self.rollout_p, 0, 1)
@@ -113,7 +116,7 @@ class D2Cache(CacheMethod):
     def observe(self, memory: Choice, row: Row, obs: Observation, geo: Geometry) -> Choice:
         prompt = geo.prompt
         slot_G = jnp.arange(geo.gen)
-        masked_G = (row.masked_L & ~obs.committed_L)[prompt:]
+        masked_G = (row.masked_L & (obs.tokens_L == row.tokens_L))[prompt:]
         confidence_L = jnp.where(obs.read_L, obs.confidence_L, memory.confidence_L)
 
         # Stage one: masks from the block on, up to the end of the block that completes current_k.
@@ -188,7 +191,8 @@ def _nucleus(weight_L: Float[Array, " L"], share: float | int) -> Bool[Array, " 
     order_L = jnp.argsort(-weight_L, stable=True)
     sorted_L = weight_L[order_L]
     total_L = jnp.cumsum(sorted_L / (jnp.sum(weight_L) + 1e-9))
-    chosen_L = ((total_L <= share) | (jnp.arange(weight_L.shape[0]) == 0)) & (sorted_L > 0)
+    within_L = (total_L <= share) | (share >= 1)  # whatever the rounding of the sum
+    chosen_L = (within_L | (jnp.arange(weight_L.shape[0]) == 0)) & (sorted_L > 0)
     return jnp.zeros_like(chosen_L).at[order_L].set(chosen_L, unique_indices=True)
 
 

@@ -52,7 +52,9 @@ def settled(row: Row, geo: Geometry, shift_type: str | None) -> Bool[Array, " L"
         later_L = both_L.at[-1].set(both_L[-2])
     else:
         later_L = next_L.at[-1].set(True)
-    return jnp.where(row.step == 0, first_L, later_L)
+    settled_L = jnp.where(row.step == 0, first_L, later_L)
+    # A row's first token has no predecessor and waits for its own output.
+    return settled_L & ~sources(row.masked_L, row.valid_L, geo.shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ class DKVDecode(CacheMethod):
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:
         return _shrinking(geo)
 
-    def init(self, geo: Geometry) -> Bool[Array, " L"]:
+    def init(self, geo: Geometry) -> PyTree:
         return jnp.zeros(geo.length, bool)
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
@@ -121,7 +123,7 @@ class DKVPrefill(CacheMethod):
 
 
 @dataclasses.dataclass(frozen=True)
-class DKVPD(CacheMethod):
+class DKVPD(DKVDecode):
     """dKV-Cache-PD: keeps the prompt from the first step on, and decoded tokens between refreshes.
 
     Memory: the prompt, as far as nobody waits for its outputs, and what was settled before the
@@ -133,20 +135,8 @@ class DKVPD(CacheMethod):
     """
 
     cache_steps: int = 4
-    shift_type: str | None = None
 
     name: ClassVar[str] = "dkv-pd"
-    lockstep: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_whole("cache_steps", self.cache_steps, 1)
-        _check_shift_type(self.shift_type)
-
-    def check(self, config: Config, decode: DecodeConfig) -> None:
-        _check_shift(config, self.shift_type)
-
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
-        return _shrinking(geo)
 
     def init(self, geo: Geometry) -> PyTree:
         nothing_L = jnp.zeros(geo.length, bool)

@@ -152,7 +152,7 @@ def _layer(
         response_BL & acc.response_B[:, None]
     )
     written_BL = selected_BL
-    if method.rou:
+    if method.rou and method.kr > 1:
         between_BL = response_BL & ~acc.response_B[:, None]
         similarity_BL = jnp.pad(
             _cosine(fresh_BLKH[:, prompt - first :], v_BKLH[:, :, prompt:].swapaxes(1, 2)),

@@ -48,6 +48,10 @@ class Prefix(CacheMethod):
             )
 
     @property
+    def partial(self) -> bool:
+        return self._first_column
+
+    @property
     def _first_column(self) -> bool:
         return self.block_start == "first-column"
 
