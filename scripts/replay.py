@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         cases = {path: _read(path) for path in _case_files(args.cases)}
         for path, case in cases.items():
             outcome, detail = replay(case, args.checkpoints)
+            jax.clear_caches()  # a process can only hold so many programs, and no case shares one
             counts[outcome] += 1
             print(
                 f"{path.stem}: {'pass' if outcome == 'passed' else f'{outcome}: {detail}'}",

@@ -6,7 +6,6 @@ The model is random, so its text means nothing; what is checked is where every p
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -108,8 +107,8 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
 def test_the_help_lists_all_caches(capsys):
     with pytest.raises(SystemExit):
         generate.parse(["--help"])
-    told = re.findall(r"[a-z0-9-]+", capsys.readouterr().out.split("--cache NAME")[1][:200])
-    assert set(cache.METHODS) <= set(told)
+    told = "".join(capsys.readouterr().out.split())  # lines break at hyphens
+    assert all(name in told.split("--cacheNAME")[1][:120] for name in cache.METHODS)
 
 
 def test_a_cache_computes_less(model, capsys):
