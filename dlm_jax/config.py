@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -10,9 +11,16 @@ from jax.core import Tracer
 from dlm_jax import models
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
-from dlm_jax.sampler import ALGORITHMS
+from dlm_jax.sampler import ALGORITHMS, Measure
 from dlm_jax.schedule import SCHEDULES, Schedule
 from dlm_jax.typing import Array, Float, Int
+
+RULES = ("threshold", "factor", "gamma")
+"""Fields that let confidence decide how many tokens a step commits."""
+STRATEGIES = ("klass", "wino")
+"""Ways to decode that look beyond one step's confidences; each is a module of that name."""
+
+Number = Float[Array, ""] | None
 
 
 class Numbers(NamedTuple):
@@ -21,10 +29,20 @@ class Numbers(NamedTuple):
     Switching on or off changes the compiled program, another value does not.
     """
 
-    temperature: Float[Array, ""] | None
-    top_p: Float[Array, ""] | None
-    top_k: Int[Array, ""] | None
-    max_forwards: Int[Array, ""] | None
+    temperature: Number = None
+    top_p: Number = None
+    top_k: Int[Array, ""] | None = None
+    alg_temp: Number = None
+    threshold: Number = None
+    factor: Number = None
+    gamma: Number = None
+    sigma: Number = None
+    clip_alpha: Number = None
+    kl_threshold: Number = None
+    wide_in_thres: Number = None
+    narrow_out_thres: Number = None
+    cfg_scale: Number = None
+    max_forwards: Int[Array, ""] | None = None
 
     def sampling(self) -> dict[str, Any]:
         """What `sampler.sample` wants of them."""
@@ -36,21 +54,52 @@ class DecodeConfig:
     """How a canvas of masks becomes text. Hashable, hence static under jit.
 
     The defaults are LLaDA's schedule and confidence on one block; `for_model` takes what the
-    original of the model at hand does.
+    original of the model at hand does. docs/decoding.md tells the strategies apart. Of the numbers,
+    only `num_transfer_tokens`, `eps`, the lengths and `steps` shape the compiled program.
 
     Attributes:
-      gen_length: G, tokens to generate.
+      gen_length: G, tokens to generate; 0 only fills the masks in the prompt (`infill`).
       block_length: generated tokens per semi-autoregressive block, filled from left to right; None
         makes one block of everything.
       steps: denoising steps (model forwards) over the whole generation, split evenly over the
         blocks; None means one token per step. Unused by the schedule `fixed`.
-      schedule: how many tokens each step commits, a key of `schedule.SCHEDULES`.
-      num_transfer_tokens: tokens per step of the schedule `fixed`.
+      schedule: how many tokens each step commits, a key of `schedule.SCHEDULES`; None takes the one
+        that `alg` or a rule needs, or else `even`.
+      num_transfer_tokens: tokens per step of the schedule `fixed`; with a rule, the least.
       eps: last time of the schedule `timestep`.
-      alg: what a confidence is, a key of `sampler.ALGORITHMS`.
+      alg: what a confidence is, a key of `sampler.ALGORITHMS`; or `random` (an order drawn in
+        advance), or Dream's `origin` (every mask by itself, as probable as the timestep says).
       temperature: 0 takes the most probable token, above 0 samples.
       top_p: nucleus filter in (0, 1]; None switches it off.
       top_k: keeps the k most probable tokens; None switches it off.
+      alg_temp: above 0, the positions of a step are drawn from the softmax of confidence divided
+        by it (Dream); None or 0 takes the surest.
+      threshold: rule: commits every token at least this sure (Fast-dLLM, arXiv 2505.22618).
+      factor: rule: commits the n surest tokens, n the largest with (n + 1)(1 - confidence of the
+        n-th) below it (Fast-dLLM).
+      spare_last: with `factor`, leave out the least sure position where the rule would take all, as
+        the d2Cache framework does by mistake.
+      gamma: rule: commits the surest tokens as long as their entropies, the largest one left out,
+        sum up to at most this many nats (EB-Sampler, arXiv 2505.24857).
+      sigma: certainty-prior guidance: a confidence counts in proportion to how much is known
+        around, with a Gaussian of this width in positions (d2Cache, arXiv 2509.23094); None: off.
+      clip_alpha: the most that a debiased confidence can be (PC-Sampler); see the argument
+        `token_freq` of `diffusion_generate`.
+      strategy: `klass` (arXiv 2511.05664: of the tokens that the rule finds sure, only those whose
+        distribution has settled), `wino` (arXiv 2507.18578: commits what is sure of a block, and
+        revokes what the rest makes unsure), or None.
+      kl_threshold: for `klass`, a distribution has settled when its divergence from the one before
+        was below this, in nats, ...
+      kl_history_length: ... for so many steps.
+      wide_in_thres: for `wino`, how sure a token must be to be committed.
+      narrow_out_thres: for `wino`, what it must stay above in order not to be revoked.
+      cfg_scale: classifier-free guidance, at twice the computation; 0 switches it off (LLaDA).
+      stop_until_eos: a row is done once everything before its first end-of-text token is decided;
+        what is then a mask stays one.
+      fill_past_eos: with `stop_until_eos`, a row that is not done yet may also commit tokens of its
+        block behind the end of the text, as the d2Cache framework does.
+      eos_id: the end-of-text token; None takes the model's.
+      suppress: ids of tokens that are never predicted, as if the model gave them no probability.
       infill: whether masks inside the prompt are to be filled as well; they belong to the first
         block. Costs logits at every position. Without it prompts never change.
       ban_mask: never commit the mask token. Confidences stay normalised over the whole vocabulary.
@@ -69,13 +118,30 @@ class DecodeConfig:
     gen_length: int = 128
     block_length: int | None = None
     steps: int | None = None
-    schedule: str = "even"
+    schedule: str | None = None
     num_transfer_tokens: int = 1
     eps: float = 1e-3
     alg: str = "low_confidence"
     temperature: Any = 0.0
     top_p: Any = None
     top_k: Any = None
+    alg_temp: Any = None
+    threshold: Any = None
+    factor: Any = None
+    spare_last: bool = False
+    gamma: Any = None
+    sigma: Any = None
+    clip_alpha: Any = 10.0
+    strategy: str | None = None
+    kl_threshold: Any = 0.01
+    kl_history_length: int = 2
+    wide_in_thres: Any = 0.6
+    narrow_out_thres: Any = 0.9
+    cfg_scale: Any = 0.0
+    stop_until_eos: bool = False
+    fill_past_eos: bool = False
+    eos_id: int | None = None
+    suppress: tuple[int, ...] = ()
     infill: bool = False
     ban_mask: bool = True
     leave_early: bool = True
@@ -83,52 +149,208 @@ class DecodeConfig:
     lockstep: bool | None = None
 
     def __post_init__(self) -> None:
-        _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("alg", self.alg, ALGORITHMS)
-        if self.schedule == "fixed" and self.steps is not None:
+        if self.schedule is not None:
+            _one_of("schedule", self.schedule, SCHEDULES)
+        if self.strategy is not None:
+            _one_of("strategy", self.strategy, STRATEGIES)
+        self._check_numbers()
+        self._check_rule()
+        if self.strategy is not None:
+            self._check_strategy()
+        if self.pace == "fixed" and self.steps is not None:
+            if self.schedule is None:
+                raise ValueError(
+                    f"steps is {self.steps}, but {self._decider} decides how many tokens a step "
+                    "commits; leave steps out, or set schedule='capped' to make them the least."
+                )
             raise ValueError(
                 f"steps is {self.steps}, but the schedule 'fixed' counts tokens; leave steps out "
                 "and set num_transfer_tokens."
             )
-        if self.num_transfer_tokens < 1:
+        if self.stop_until_eos and not self.leave_early:
             raise ValueError(
-                f"num_transfer_tokens is {self.num_transfer_tokens}; it must be at least 1."
+                "stop_until_eos ends a row early, but leave_early is False; set it to True."
             )
+        if self.gen_length == 0 and not self.infill:
+            raise ValueError(
+                "gen_length is 0; it must be at least 1 unless infill=True has the masks of the "
+                "prompt filled."
+            )
+        self.geometry(prompt=1, shift=0)
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers that are out of range; traced ones are taken as they are."""
+        _whole("num_transfer_tokens", self.num_transfer_tokens)
+        _whole("kl_history_length", self.kl_history_length)
+        _whole("max_forwards", self.max_forwards)
+        _whole("top_k", self.top_k)
         if not 0.0 < self.eps < 1.0:
             raise ValueError(f"eps is {self.eps}; it must lie between 0 and 1.")
-        # Traced numbers are taken as they are.
-        if _concrete(self.temperature) and not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or above.")
         if _concrete(self.top_p) and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1].")
-        if _concrete(self.top_k) and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1.")
-        limit = self.max_forwards
-        if _concrete(limit) and (limit != int(limit) or limit < 1):
-            raise ValueError(f"max_forwards is {limit}; it must be a whole number from 1 on.")
-        self.geometry(prompt=1, shift=0)
+        for name in ("temperature", "alg_temp", "gamma", "cfg_scale"):
+            value = getattr(self, name)
+            if _concrete(value) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be 0 or above.")
+        for name in ("factor", "sigma", "clip_alpha", "kl_threshold"):
+            value = getattr(self, name)
+            if _concrete(value) and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        for name in ("threshold", "wide_in_thres", "narrow_out_thres"):
+            value = getattr(self, name)
+            if _concrete(value) and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; it must be a confidence.")
+
+    def _check_rule(self) -> None:
+        """Refuses what cannot decide together how many tokens a step commits, and which."""
+        given = [name for name in RULES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{' and '.join(given)} are both given; one of them decides how many tokens a step "
+                "commits."
+            )
+        wanted = self._wanted_schedules
+        if self.schedule is not None and self.schedule not in wanted:
+            raise ValueError(
+                f"schedule is {self.schedule!r}; with {self._decider} it must be "
+                f"{' or '.join(map(repr, wanted))}, or left out."
+            )
+        if not self.measure.ranks:
+            ranked = [*given, *(("sigma",) if self.sigma is not None else ())]
+            ranked += ["alg_temp"] if self.draws_positions else []
+            ranked += [self.strategy] if self.strategy is not None else []
+            if ranked:
+                raise ValueError(
+                    f"alg is {self.alg!r}, which ignores confidence; with {ranked[0]} it must be "
+                    f"one of {', '.join(name for name, m in ALGORITHMS.items() if m.ranks)}."
+                )
+        if self.draws_positions and self.parallel:
+            raise ValueError(
+                f"alg_temp is {self.alg_temp}, which draws the positions of a step; with "
+                f"{self._decider} leave it out."
+            )
+        top = self.threshold
+        if self.alg == "entropy" and top is not None and _concrete(top) and top > 0:
+            raise ValueError(
+                f"threshold is {top}, but confidences of alg 'entropy' are never above 0; take "
+                "alg 'maskgit_plus' or 'topk_margin'."
+            )
+
+    def _check_strategy(self) -> None:
+        """Refuses what has no meaning together with the strategy."""
+        given = [name for name in RULES if getattr(self, name) is not None]
+        if self.strategy == "klass" and given not in (["threshold"], ["factor"]):
+            raise ValueError(
+                "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
+                "one of these two."
+            )
+        if self.strategy == "wino":
+            other = [*given, *(["cfg_scale"] if self.guided else [])]
+            other += ["infill"] if self.infill else []
+            if other:
+                raise ValueError(
+                    f"strategy is 'wino', which has no meaning with {other[0]}; leave that out."
+                )
+            if not self.measure.is_probability:
+                raise ValueError(
+                    f"alg is {self.alg!r}; the strategy 'wino' compares probabilities, so it must "
+                    "be 'low_confidence' or 'maskgit_plus'."
+                )
 
     @classmethod
     def for_model(cls, config: Config, **overrides: Any) -> "DecodeConfig":
         """The model family's defaults where an argument is not given or None.
 
         A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
-        if there is none, everything is one block.
+        if there is none, everything is one block. A rule or strategy without an `alg` looks at
+        probabilities, whatever the family's own measure.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
-        chosen = models.FAMILIES[config.family].DECODE | given
+        family = dict(models.FAMILIES[config.family].DECODE)
+        if any(name in given for name in (*RULES, "strategy")):
+            del family["schedule"]
+            if not ALGORITHMS[family["alg"]].is_probability:
+                family["alg"] = "maskgit_plus"
+        if given.get("alg") in ALGORITHMS and ALGORITHMS[given["alg"]].thinned:
+            family.pop("schedule", None)
+        chosen = family | given
         gen_length = chosen.get("gen_length", cls.gen_length)
-        if "block_length" not in given and chosen["block_length"] is not None and gen_length > 0:
+        if "block_length" not in given and chosen["block_length"] is not None:
             usual = chosen["block_length"]
             fitting = (n for n in range(usual, usual // 2 - 1, -1) if n and gen_length % n == 0)
-            chosen["block_length"] = next(fitting, None)
+            chosen["block_length"] = next(fitting, None) if gen_length > 0 else None
         return cls(**chosen)
+
+    @property
+    def measure(self) -> Measure:
+        """What `alg` names."""
+        return ALGORITHMS[self.alg]
+
+    @property
+    def parallel(self) -> bool:
+        """Whether data decide how many tokens a step commits."""
+        return self.strategy is not None or any(getattr(self, n) is not None for n in RULES)
+
+    @property
+    def guided(self) -> bool:
+        """Whether every forward has a second, unconditional copy of each row."""
+        return _positive(self.cfg_scale)
+
+    @property
+    def draws_positions(self) -> bool:
+        """Whether `alg_temp` is on."""
+        return _positive(self.alg_temp)
+
+    @property
+    def pace(self) -> str:
+        """The schedule, a key of `schedule.SCHEDULES`."""
+        return self._wanted_schedules[0] if self.schedule is None else self.schedule
+
+    @property
+    def _wanted_schedules(self) -> tuple[str, ...]:
+        """The schedules that fit, the usual one first."""
+        if self.strategy is not None:
+            return ("fixed",)
+        if self.parallel:
+            return ("fixed", "capped")
+        if self.measure.thinned:
+            return ("timestep",)
+        return tuple(name for name in SCHEDULES if name != "capped")
+
+    @property
+    def _decider(self) -> str:
+        """What decides how many tokens a step commits, as an argument is written."""
+        if self.strategy is not None:
+            return f"strategy={self.strategy!r}"
+        given = [name for name in RULES if getattr(self, name) is not None]
+        return given[0] if given else f"alg={self.alg!r}"
+
+    def check(self, config: Config) -> None:
+        """Refuses a model that this decoding has no meaning for.
+
+        Raises:
+          ValueError: one sentence that says what would be right.
+        """
+        if self.strategy == "wino" and config.shift:
+            raise ValueError(
+                "strategy is 'wino', which checks a token by predicting it at its own position; "
+                f"{config.family} predicts it at the one before, so take another strategy."
+            )
+        for name, ids in (("eos_id", (self.eos_id,)), ("suppress", self.suppress)):
+            for token in ids:
+                if token is not None and not 0 <= token < config.vocab_size:
+                    raise ValueError(
+                        f"{name} has token id {token}; it must lie in 0 to {config.vocab_size - 1}."
+                    )
+        if config.mask_id in self.suppress:
+            raise ValueError("suppress has the mask token, which ban_mask is for; leave it out.")
 
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
         """The static shape of a generation after a prompt of `prompt` slots."""
         steps = self.steps
-        if steps is None and self.schedule != "fixed":
-            steps = self.gen_length
+        if steps is None and self.pace != "fixed":
+            steps = self.gen_length or prompt
         geo = Geometry(
             prompt=prompt,
             gen=self.gen_length,
@@ -141,30 +363,52 @@ class DecodeConfig:
 
     def make_schedule(self, geo: Geometry) -> Schedule:
         """How many tokens each step of such a generation commits."""
-        return SCHEDULES[self.schedule](
-            geo, eps=self.eps, num_transfer_tokens=self.num_transfer_tokens
-        )
+        return SCHEDULES[self.pace](geo, eps=self.eps, num_transfer_tokens=self.num_transfer_tokens)
 
     def split(self) -> tuple["DecodeConfig", Numbers]:
         """The part that shapes the compiled program, and the numbers that do not."""
-        sampled = not _concrete(self.temperature) or self.temperature > 0
         nucleus = self.top_p is not None and not (_concrete(self.top_p) and self.top_p >= 1)
-        numbers = Numbers(
-            temperature=jnp.asarray(self.temperature, jnp.float32) if sampled else None,
-            top_p=jnp.asarray(self.top_p, jnp.float32) if nucleus else None,
-            top_k=None if self.top_k is None else jnp.asarray(self.top_k, jnp.int32),
-            max_forwards=(
-                None if self.max_forwards is None else jnp.asarray(self.max_forwards, jnp.int32)
-            ),
+        switches = dict(
+            temperature=_positive(self.temperature),
+            top_p=nucleus,
+            alg_temp=self.draws_positions,
+            kl_threshold=self.strategy == "klass",
+            wide_in_thres=self.strategy == "wino",
+            narrow_out_thres=self.strategy == "wino",
+            cfg_scale=self.guided,
         )
-        off = dict(temperature=0.0, top_p=None, top_k=None, max_forwards=None)
-        return dataclasses.replace(self, **off), numbers
+        numbers, static = {}, {}
+        for name in Numbers._fields:
+            value = getattr(self, name)
+            on = value is not None and switches.get(name, True)
+            dtype = jnp.int32 if name in ("top_k", "max_forwards") else jnp.float32
+            numbers[name] = jnp.asarray(value, dtype) if on else None
+            # Whatever its value, a number that is on makes the same program.
+            static[name] = (
+                _ON.get(name, getattr(type(self), name)) if on else getattr(type(self), name)
+            )
+        return dataclasses.replace(self, **static), Numbers(**numbers)
+
+
+_ON = dict(temperature=1.0, top_p=0.5, top_k=1, alg_temp=1.0, threshold=0.0, factor=1.0)
+_ON |= dict(gamma=1.0, sigma=1.0, cfg_scale=1.0, max_forwards=1)
+"""Some value of each number that is off by default, to say that it is on."""
 
 
 def _concrete(value: Any) -> bool:
     return value is not None and not isinstance(value, Tracer)
 
 
-def _one_of(name: str, value: str, table: dict[str, Any]) -> None:
+def _positive(value: Any) -> bool:
+    """Whether a number that 0 switches off is on; a traced one is."""
+    return value is not None and (isinstance(value, Tracer) or value > 0)
+
+
+def _whole(name: str, value: Any) -> None:
+    if _concrete(value) and (value != int(value) or value < 1):
+        raise ValueError(f"{name} is {value}; it must be a whole number from 1 on.")
+
+
+def _one_of(name: str, value: str, table: Iterable[str]) -> None:
     if value not in table:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(table)}.")

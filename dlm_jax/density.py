@@ -1,12 +1,13 @@
 """Certainty density: how much is known around a position (d2Cache, arXiv 2509.23094, eq. 3)."""
 
 import jax.numpy as jnp
-import numpy as np
 
 from dlm_jax.typing import Array, Bool, Float
 
 
-def certainty_density(known_G: Bool[Array, " G"], sigma: float | int) -> Float[Array, " G"]:
+def certainty_density(
+    known_G: Bool[Array, " G"], sigma: float | int | Float[Array, ""]
+) -> Float[Array, " G"]:
     """Gaussian-weighted share of known positions around each generated position of one row.
 
     Everything before the generated part counts as known, for G positions; everything behind it, for
@@ -18,15 +19,14 @@ def certainty_density(known_G: Bool[Array, " G"], sigma: float | int) -> Float[A
     """
     size = known_G.shape[0]
     # At most 3 G positions in either direction take part; the sum is that of the original.
-    weights = np.exp(-(np.arange(-3 * size, 3 * size, dtype=np.float64) ** 2) / (2 * sigma**2))
-    weights = weights / weights.sum()
-    zero = 3 * size
-    place = np.arange(size)
-    within_GG = weights[zero + place[:, None] - place[None, :]]
-    left_G = weights[zero + place[:, None] + 1 + place[None, :]].sum(axis=1)
-    right_G = weights[zero + size - place[:, None] + place[None, :]].sum(axis=1)
-    known = known_G.astype(jnp.float32)
-    inside_G = jnp.sum(jnp.asarray(within_GG, jnp.float32) * known[None, :], axis=1)
-    return (
-        inside_G + jnp.asarray(left_G, jnp.float32) + known[-1] * jnp.asarray(right_G, jnp.float32)
-    )
+    distance = jnp.arange(-3 * size, 3 * size, dtype=jnp.float32)
+    weights = jnp.exp(-0.5 * (distance / sigma) ** 2)
+    weights = weights / jnp.sum(weights)
+    total = jnp.cumsum(weights)
+    place_G = 3 * size + jnp.arange(size)
+    left_G = total[place_G + size] - total[place_G]
+    right_G = jnp.flip(left_G)  # the same distances, counted from the other end
+    within_GG = weights[place_G[:, None] - jnp.arange(size)[None]]
+    known_GG = jnp.broadcast_to(known_G[None], within_GG.shape)
+    inside_G = jnp.sum(within_GG, axis=1, where=known_GG)
+    return inside_G + left_G + jnp.where(known_G[-1], right_G, 0.0)

@@ -9,7 +9,7 @@ class Geometry:
 
     Attributes:
       prompt: P, prompt slots (with padding).
-      gen: G, generated slots.
+      gen: G, generated slots; 0 where only masks in the prompt are filled.
       block: generated slots per block; divides `gen`.
       steps: denoising steps over the whole generation, a multiple of `num_blocks`; None where the
         schedule counts tokens instead.
@@ -27,9 +27,9 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.prompt < 1:
             raise ValueError(f"The prompt has {self.prompt} slots; at least one token is needed.")
-        if self.gen < 1:
+        if self.gen < 0:
             raise ValueError(f"gen_length is {self.gen}; it must be at least 1.")
-        if self.block < 1 or self.gen % self.block:
+        if (self.gen or self.block) and (self.block < 1 or self.gen % self.block):
             raise ValueError(
                 f"block_length is {self.block}; it must divide gen_length, {self.gen}, into equal "
                 "blocks."
@@ -47,7 +47,7 @@ class Geometry:
 
     @property
     def num_blocks(self) -> int:
-        return self.gen // self.block
+        return self.gen // self.block if self.gen else 1
 
     @property
     def steps_per_block(self) -> int:

@@ -30,13 +30,52 @@ class Candidates(NamedTuple):
 class Measure(NamedTuple):
     """A way to be sure: `score` ranks positions, and `report(score)` is told as the confidence.
 
-    Where `drawn`, positions are filled in an order that was drawn in advance instead, and the score
-    is only reported.
+    Attributes:
+      score: of every position, from what is known about its candidate.
+      report: the confidence that a score means.
+      level: its inverse: the score that a confidence means.
+      is_probability: whether the confidence is the candidate's probability.
+      drawn: positions are filled in an order that was drawn in advance; the score is only reported.
+      thinned: every mask is filled or not, independently of the others; the score is only reported.
     """
 
     score: Callable[[Candidates], Array]
     report: Callable[[Array], Array] = lambda score: score
+    level: Callable[[Array], Array] = lambda confidence: confidence
+    is_probability: bool = False
     drawn: bool = False
+    thinned: bool = False
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the score decides which positions are filled."""
+        return not (self.drawn or self.thinned)
+
+
+class Sampled(NamedTuple):
+    """What `sample` made of the logits at each position."""
+
+    token: Int[Array, "B W"]
+    score: Float[Array, "B W"]
+    """To rank positions by; `Measure.level` turns a confidence into one."""
+    confidence: Float[Array, "B W"]
+    """To report."""
+    tempered: Float[Array, "B W V"]
+    """Log-probabilities after temperature and filters; -inf where filtered out."""
+
+
+class Debias(NamedTuple):
+    """What calibrates confidences by how common a token is (PC-Sampler, arXiv 2508.13021)."""
+
+    frequency_V: Float[Array, " V"]
+    """Share of each token in a corpus."""
+    clip_alpha: Float[Array, ""]
+    """The most that a confidence can become."""
+
+    def calibrate(self, c: Float[Array, "B W"], token: Int[Array, "B W"]) -> Float[Array, "B W"]:
+        """A probability times the token's information content, in nats, clipped."""
+        content = -jnp.log(self.frequency_V[token] + 1e-10)
+        return jnp.minimum(c * content, jnp.broadcast_to(self.clip_alpha, c.shape))
 
 
 def log_probability(c: Candidates) -> Float[Array, "*W"]:
@@ -67,12 +106,25 @@ def negative_entropy(c: Candidates) -> Float[Array, "*W"]:
     return jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
 
 
+def entropy(log_p: Float[Array, "*W V"]) -> Float[Array, "*W"]:
+    """Entropy of distributions given by their logarithms, in nats (EB-Sampler)."""
+    p, eps = jnp.exp(log_p), jnp.finfo(jnp.float32).eps
+    return -jnp.sum(p * jnp.log(jnp.clip(p, eps, 1 - eps)), axis=-1)
+
+
+def _log(confidence: Array) -> Array:
+    return jnp.log(jnp.maximum(confidence, 0.0))
+
+
+_LLADA = Measure(log_probability, report=jnp.exp, level=_log, is_probability=True)
+
 ALGORITHMS: dict[str, Measure] = {
-    "low_confidence": Measure(log_probability, report=jnp.exp),
-    "maskgit_plus": Measure(probability),
+    "low_confidence": _LLADA,
+    "maskgit_plus": Measure(probability, is_probability=True),
     "topk_margin": Measure(margin),
     "entropy": Measure(negative_entropy),
-    "random": Measure(log_probability, report=jnp.exp, drawn=True),
+    "random": _LLADA._replace(drawn=True),
+    "origin": _LLADA._replace(thinned=True),
 }
 """Name -> measure; higher is surer."""
 
@@ -83,10 +135,11 @@ def sample(
     *,
     alg: str,
     banned: int | None,
-    temperature: Float[Array, ""] | None,
-    top_p: Float[Array, ""] | None,
-    top_k: Int[Array, ""] | None,
-) -> tuple[Int[Array, "B W"], Float[Array, "B W"], Float[Array, "B W"]]:
+    temperature: Float[Array, ""] | None = None,
+    top_p: Float[Array, ""] | None = None,
+    top_k: Int[Array, ""] | None = None,
+    debias: Debias | None = None,
+) -> Sampled:
     """Draws one candidate per position and measures how sure it is.
 
     Args:
@@ -98,9 +151,7 @@ def sample(
       temperature: None takes the most probable token (the lowest id among equals), as 0 does.
       top_p: nucleus filter; None switches it off.
       top_k: keeps the k largest logits; None switches it off.
-
-    Returns:
-      Candidates, scores to rank positions by, and confidences to report.
+      debias: calibrates a confidence that is a probability; None leaves it as it is.
     """
     scaled = logits
     if temperature is not None:
@@ -117,15 +168,12 @@ def sample(
         ranked = ranked + jnp.where(temperature > 0, _gumbel(key_BW, logits.shape[-1]), 0.0)
     token_BW = jnp.argmax(ranked, axis=-1).astype(jnp.int32)
     measure = ALGORITHMS[alg]
-    score_BW = measure.score(
-        Candidates(
-            token=token_BW,
-            logits=logits,
-            tempered=jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1),
-            allowed=allowed,
-        )
-    )
-    return token_BW, score_BW, measure.report(score_BW)
+    tempered = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+    score_BW = measure.score(Candidates(token_BW, logits, tempered, allowed))
+    confidence_BW = measure.report(score_BW)
+    if debias is not None:
+        score_BW = confidence_BW = debias.calibrate(confidence_BW, token_BW)
+    return Sampled(token_BW, score_BW, confidence_BW, tempered)
 
 
 def keep(

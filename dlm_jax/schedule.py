@@ -1,9 +1,10 @@
 """How many tokens a denoising step commits.
 
 A schedule is a pure function of a row's progress in its block: `(masks at the block's start, masks
-now, step within the block) -> quota`. What cannot depend on data is a numpy table made once.
-Should a block still hold masks after its last step, because a cache did not let all of a quota be
-read, they are filled as fast as can be.
+now, step within the block) -> (least, most)`. Where a rule looks at confidences, it decides between
+the two; everywhere else the least is what is committed. What cannot depend on data is a numpy table
+made once. Should a block still hold masks after its last step, because a cache did not let all of a
+quota be read, they are filled as fast as can be.
 """
 
 from collections.abc import Callable
@@ -13,32 +14,58 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax.geometry import Geometry
-from dlm_jax.typing import Array, Int
+from dlm_jax.typing import Array, Float, Int
+
+Progress = Callable[
+    [Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]],
+    tuple[Int[Array, " B"], Int[Array, " B"]],
+]
 
 
 class Schedule(NamedTuple):
     """One row of `SCHEDULES`.
 
     Attributes:
-      quota: see the module's docstring; vectorised over rows.
+      bounds: see the module's docstring; vectorised over rows.
       forwards: forwards that fill a block of the given number of masks.
       most: the largest quota in doing so.
+      share: for a schedule in time, the share of the masks that each of a row's steps commits; the
+        probability of every mask where they are committed independently.
     """
 
-    quota: Callable[[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]], Int[Array, " B"]]
+    bounds: Progress
     forwards: Callable[[int], int]
     most: Callable[[int], int]
+    share: Callable[[Int[Array, " B"]], Float[Array, " B"]] | None = None
 
 
 def even(geo: Geometry, **_: object) -> Schedule:
     """LLaDA's: a block's masks split evenly over its steps, the remainder first."""
     steps = geo.steps_per_block
 
-    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+    def bounds(start_B: Array, masks_B: Array, step_B: Array) -> tuple[Array, Array]:
         share_B = start_B // steps + (step_B < start_B % steps).astype(start_B.dtype)
-        return jnp.where(step_B < steps, share_B, masks_B)
+        quota_B = jnp.where(step_B < steps, share_B, masks_B)
+        return quota_B, quota_B
 
-    return Schedule(quota, lambda masks: min(steps, masks), lambda masks: -(-masks // steps))
+    return Schedule(bounds, lambda masks: min(steps, masks), lambda masks: -(-masks // steps))
+
+
+def capped(geo: Geometry, **_: object) -> Schedule:
+    """Fast-dLLM's on Dream without a cache: at most as far as `even` would be; at least one token.
+
+    What a rule holds back in one step may be committed in a later one. After the last step, what is
+    left is tried again until nothing is.
+    """
+    steps = geo.steps_per_block
+
+    def bounds(start_B: Array, masks_B: Array, step_B: Array) -> tuple[Array, Array]:
+        done_B = jnp.minimum(step_B + 1, steps)
+        due_B = done_B * (start_B // steps) + jnp.minimum(done_B, start_B % steps)
+        least_B = jnp.minimum(1, masks_B)
+        return least_B, jnp.maximum(due_B - (start_B - masks_B), least_B)
+
+    return Schedule(bounds, lambda masks: masks, lambda masks: -(-masks // steps))
 
 
 def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
@@ -47,12 +74,15 @@ def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
     The product is truncated to an integer, so early steps may commit nothing; the last takes all.
     """
     shares = time_shares(geo.steps_per_block, eps)
-    share = jnp.asarray(shares)
+    table = jnp.asarray(shares)
 
-    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+    def share(step_B: Array) -> Array:
+        return table[jnp.minimum(step_B, table.shape[0] - 1)]
+
+    def bounds(start_B: Array, masks_B: Array, step_B: Array) -> tuple[Array, Array]:
         del start_B
-        step_B = jnp.minimum(step_B, share.shape[0] - 1)
-        return jnp.floor(masks_B.astype(jnp.float32) * share[step_B]).astype(jnp.int32)
+        quota_B = jnp.floor(masks_B.astype(jnp.float32) * share(step_B)).astype(jnp.int32)
+        return quota_B, quota_B
 
     def most(masks: int) -> int:
         largest = 0
@@ -61,25 +91,30 @@ def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
             largest, masks = max(largest, taken), masks - taken
         return largest
 
-    return Schedule(quota, lambda masks: geo.steps_per_block, most)
+    return Schedule(bounds, lambda masks: geo.steps_per_block, most, share)
 
 
 def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:
-    """A constant number of tokens per step, until the block is full."""
+    """A constant number of tokens per step, until the block is full; with a rule, the least."""
     del geo
 
-    def quota(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+    def bounds(start_B: Array, masks_B: Array, step_B: Array) -> tuple[Array, Array]:
         del start_B, step_B
-        return jnp.minimum(num_transfer_tokens, masks_B)
+        return jnp.minimum(num_transfer_tokens, masks_B), masks_B
 
     return Schedule(
-        quota,
+        bounds,
         lambda masks: -(-masks // num_transfer_tokens),
         lambda masks: min(masks, num_transfer_tokens),
     )
 
 
-SCHEDULES: dict[str, Callable[..., Schedule]] = {"even": even, "timestep": timestep, "fixed": fixed}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "even": even,
+    "timestep": timestep,
+    "fixed": fixed,
+    "capped": capped,
+}
 """Name -> `(geometry, **parameters) -> Schedule`; parameters are fields of `DecodeConfig`."""
 
 

@@ -33,12 +33,14 @@ import numpy as np
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint, models
+from dlm_jax.arguments import Call, prepare
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cache.base import Variant
 from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import GenerateOutput, _prepare, _setup, diffusion_generate
+from dlm_jax.decode import GenerateOutput, _setup, diffusion_generate
 from dlm_jax.models import Config, Transformer
-from dlm_jax.step import DecodeState, begin, step
+from dlm_jax.state import DecodeState
+from dlm_jax.step import begin, step
 from dlm_jax.typing import Array, Params
 
 FIRST_FORWARDS = 8
@@ -109,16 +111,15 @@ def step_flops(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> lis
       ValueError: the arguments do not fit each other.
     """
     model, params, prompt_BP, key = inputs
-    args = _prepare(params, model, prompt_BP[:1], None, key, decode, method)
-    traced, static = args[:6], args[6:]
+    call = prepare(params, model, prompt_BP[:1], None, key, decode, method)
     geo = decode.geometry(prompt=prompt_BP.shape[1], shift=model.config.shift)
 
-    def first_step(*traced: Any, variant: Variant) -> DecodeState:
-        setup, tokens_BL = _setup(*traced, *static)
+    def first_step(call: Call, *, variant: Variant) -> DecodeState:
+        setup, tokens_BL = _setup(call)
         return step(setup, begin(setup, tokens_BL), variant)  # no products before the step
 
     steps = [functools.partial(first_step, variant=variant) for variant in method.variants(geo)]
-    return [count_flops(jax.make_jaxpr(one)(*traced).jaxpr) for one in steps]
+    return [count_flops(jax.make_jaxpr(one)(call).jaxpr) for one in steps]
 
 
 def parse_caches(text: str) -> dict[str, CacheMethod]:

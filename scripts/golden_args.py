@@ -25,20 +25,25 @@ from dlm_jax.cache import (
 )
 from dlm_jax.cache.dkv import SHIFT_TYPES
 from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import Draws
 from dlm_jax.models import Config
+from dlm_jax.state import Draws
 
-AS_RECORDED = dict(ban_mask=False, lockstep=True)
+AS_RECORDED: dict[str, Any] = dict(ban_mask=False, lockstep=True)
 """The originals do not ban the mask token, and let a batch leave a block together."""
 
 NO_CACHE = NoCache()
+CONFIDENCE_THRESHOLD = "confidence_threshold"
+"""Fast-dLLM's name for its threshold, in the place of an algorithm."""
 
-D2CACHE_DEFECTS = (
-    "src/cache/d2cache.py:198",
-    "src/generation/utils.py:196",
-    "src/generation/vanilla.py:81",
-)
-"""Where d2Cache's original must have been mended for its runs to be the method's."""
+NARROWED_BLOCK = "src/generation/utils.py:196"
+"""Where the framework narrows a step's block for good, unless mended: its d2Cache, WINO and rows of
+a batch go wrong by it. Mended, tokens may also be committed behind the end of the text."""
+FACTOR_DEFECT = "src/generation/vanilla.py:221"
+"""Where its rule `factor` spares the last position, unless mended."""
+EB_DEFECT = "src/generation/vanilla.py:236"
+"""Where its EB-Sampler mixes the rows of a batch, unless mended."""
+D2CACHE_DEFECTS = ("src/cache/d2cache.py:198", NARROWED_BLOCK, "src/generation/vanilla.py:81")
+"""Where d2Cache must have been mended for its runs to be the method's."""
 
 
 class Unsupported(Exception):
@@ -52,6 +57,7 @@ class Run:
     decode: DecodeConfig
     cache: CacheMethod
     draws: Draws = Draws()
+    token_freq: np.ndarray | None = None
 
 
 def translate(case: dict[str, Any], config: Config) -> Run:
@@ -84,15 +90,20 @@ def _llada_loop(case: dict[str, Any]) -> Run:
     """`generate` of dKV-Cache's plain LLaDA loop."""
     args = case["args"]
     _only(args, "enable_cache", (None, False))
-    return Run(_llada_decode(args, _remasking(args)), NoCache())
+    return Run(_llada_decode(args), NoCache(), _recorded_ranks(case))
 
 
 def _llada_dkv_decode(case: dict[str, Any]) -> Run:
     """`generate` of dKV-Cache-Decode: the plain loop with a cache."""
     args = case["args"]
     _only(args, "enable_cache", (False, True))
+    _only(args, "cfg_scale", (0.0,))
     cache = DKVDecode(cache_steps=args["cache_reloading_step"])
-    return Run(_llada_decode(args, _remasking(args)), cache if args["enable_cache"] else NoCache())
+    return Run(
+        _llada_decode(args),
+        cache if args["enable_cache"] else NoCache(),
+        _recorded_ranks(case),
+    )
 
 
 def _llada_dkv_greedy(case: dict[str, Any]) -> Run:
@@ -100,9 +111,10 @@ def _llada_dkv_greedy(case: dict[str, Any]) -> Run:
     args = case["args"]
     _only(args, "enable_cache", (False, True))
     _only(args, "remasking", ("random",))
+    _only(args, "cfg_scale", (0.0,))
     cache = DKVGreedy(cache_steps=args["cache_reloading_step"], window_size=args["window_size"])
     return Run(
-        _llada_decode(args, args["remasking"]),
+        _llada_decode(args),
         cache if args["enable_cache"] else NoCache(),
         Draws(order=_recorded_order(case)),
     )
@@ -119,7 +131,7 @@ def _dllm_original(case: dict[str, Any]) -> Run:
     cache = _cache_options(args, dLLMCache=options | {"transfer_ratio"})
     _only(cache, "hook", ("register_cache_LLaDA(model, 'model.transformer.blocks')",))
     return Run(
-        _llada_decode(args, _remasking(args)),
+        _llada_decode(args),
         DLLMCache(
             kp=cache["prompt_interval_steps"],
             kr=cache["gen_interval_steps"],
@@ -131,8 +143,12 @@ def _dllm_original(case: dict[str, Any]) -> Run:
 def _fast_dllm_llada(case: dict[str, Any], cache: CacheMethod = NO_CACHE) -> Run:
     """`generate` of Fast-dLLM and its twins with a cache: leaves a block when it is full."""
     args = case["args"]
-    _only(args, "threshold", (None,))
-    return Run(_llada_decode(args, _remasking(args), leave_early=True), cache)
+    _only(args, "remasking", ("low_confidence",))
+    decode = _llada_decode(args, leave_early=True)
+    if args["threshold"] is not None:
+        # The number of steps then has no effect.
+        decode = dataclasses.replace(decode, schedule=None, steps=None, threshold=args["threshold"])
+    return Run(decode, cache)
 
 
 def _fast_dllm_llada_prefix(case: dict[str, Any]) -> Run:
@@ -149,14 +165,15 @@ def _dream_loop(case: dict[str, Any]) -> Run:
     """`diffusion_generate` of Dream, as dKV-Cache and Fast-dLLM ship it."""
     args = case["args"]
     _only(args, "use_cache", (None, False, True))
-    decode = _dream_decode(args, infill=True)
+    decode, draws = _dream_decode(args, infill=True), _recorded_transfers(case)
     if not args.get("use_cache"):
-        return Run(decode, NoCache())
+        return Run(decode, NoCache(), draws)
     _only(args, "cache_type", ("decoded", "prefill"))
     if args["cache_type"] == "prefill":
-        return Run(decode, DKVPrefill())
+        return Run(decode, DKVPrefill(), draws)
     _only(args, "shift_type", SHIFT_TYPES)
-    return Run(decode, DKVDecode(cache_steps=args["cache_steps"], shift_type=args["shift_type"]))
+    cache = DKVDecode(cache_steps=args["cache_steps"], shift_type=args["shift_type"])
+    return Run(decode, cache, draws)
 
 
 def _dream_dkv_pd(case: dict[str, Any]) -> Run:
@@ -164,14 +181,15 @@ def _dream_dkv_pd(case: dict[str, Any]) -> Run:
     args = case["args"]
     _only(args, "use_cache", (True,))
     _only(args, "cache_type", ("pd", "prefill"))
-    decode = _dream_decode(args, infill=True)
+    decode, draws = _dream_decode(args, infill=True), _recorded_transfers(case)
     if args["cache_type"] == "prefill":
-        return Run(decode, DKVPrefill())
+        return Run(decode, DKVPrefill(), draws)
     _only(args, "shift_type", (None, *SHIFT_TYPES))
     if args["shift_type"] is None:
         # Without a rule for what is decoded, only the prompt is ever kept.
-        return Run(decode, DKVPrefill())
-    return Run(decode, DKVPD(cache_steps=args["cache_steps"], shift_type=args["shift_type"]))
+        return Run(decode, DKVPrefill(), draws)
+    cache = DKVPD(cache_steps=args["cache_steps"], shift_type=args["shift_type"])
+    return Run(decode, cache, draws)
 
 
 def _fast_dllm_dream_block(case: dict[str, Any]) -> Run:
@@ -181,12 +199,15 @@ def _fast_dllm_dream_block(case: dict[str, Any]) -> Run:
     blocks = 1
     if args["block_length"] is not None:
         blocks = args["max_new_tokens"] // args["block_length"]
-    if args["steps"] == blocks:
+    if args["steps"] == blocks and args["alg"] != CONFIDENCE_THRESHOLD:
         raise Unsupported(
             f"steps={args['steps']}: with one step per block the original leaves masks behind"
         )
     _only(args, "dual_cache", (False, True))
-    if not _mended(case, "dream/model/generation_utils_block.py:532"):
+    if args["alg"] == CONFIDENCE_THRESHOLD:
+        # The number of steps has no effect here.
+        decode = dataclasses.replace(decode, schedule=None, steps=None)
+    elif not _mended(case, "dream/model/generation_utils_block.py:532"):
         # The original passes its scoring function the same flags whatever the argument says.
         decode = dataclasses.replace(decode, alg="entropy")
     method = Dual if args["dual_cache"] else Prefix
@@ -197,23 +218,62 @@ def _d2_framework(case: dict[str, Any]) -> Run:
     """The `vanilla` strategy of the d2Cache framework."""
     args = case["args"]
     _only(args, "strategy", ("vanilla",))
-    for name in ("sigma", "gamma", "clip_alpha", "threshold", "factor"):
-        _only(args, name, (None,))
-    for name in ("debias", "stop_until_eos"):
-        _only(args, name, (False,))
-    return Run(
-        DecodeConfig(
-            **AS_RECORDED,
-            gen_length=args["gen_length"],
-            block_length=args["block_length"],
-            schedule="fixed",
-            num_transfer_tokens=args["num_transfer_tokens"],
-            alg=args["alg"],
-            temperature=args["temperature"],
-            top_p=args["top_p"],
-            top_k=args["top_k"],
-        ),
-        _d2_framework_cache(case),
+    if args["gamma"] is not None and _as_is(case) and not _mended(case, EB_DEFECT):
+        raise Unsupported("gamma: the case records a defect of the original")
+    rows = len(case["prompt"])
+    if args["stop_until_eos"] and rows > 1 and _as_is(case) and args["cache"] is not None:
+        raise Unsupported("stop_until_eos: the case records a defect of the original")
+    frequencies = np.asarray(args["token_freq"], np.float32) if args["debias"] else None
+    return Run(_d2_decode(case), _d2_framework_cache(case), token_freq=frequencies)
+
+
+def _d2_klass(case: dict[str, Any]) -> Run:
+    """The strategy KLASS of the framework."""
+    args = case["args"]
+    _only(args, "strategy", ("klass",))
+    if args["threshold"] is None and args["factor"] is None:
+        # Without a rule nothing is ever taken for its stability.
+        return Run(_d2_decode(case), _d2_framework_cache(case))
+    names = ("strategy", "kl_threshold", "kl_history_length")
+    decode = _d2_decode(case, **{name: args[name] for name in names})
+    return Run(decode, _d2_framework_cache(case))
+
+
+def _d2_wino(case: dict[str, Any]) -> Run:
+    """The strategy WINO of the framework."""
+    args = case["args"]
+    _only(args, "strategy", ("wino",))
+    if case["model"].startswith("dream"):
+        raise Unsupported("strategy=wino: the original's Dream sees the token that it verifies")
+    if not _mended(case, NARROWED_BLOCK):
+        raise Unsupported("strategy=wino: the case records a defect of the original")
+    names = ("strategy", "wide_in_thres", "narrow_out_thres")
+    decode = _d2_decode(case, **{name: args[name] for name in names})
+    return Run(decode, _d2_framework_cache(case))
+
+
+def _d2_decode(case: dict[str, Any], **strategy: Any) -> DecodeConfig:
+    args = case["args"]
+    return DecodeConfig(
+        **AS_RECORDED,
+        **strategy,
+        gen_length=args["gen_length"],
+        block_length=args["block_length"],
+        schedule="fixed",
+        num_transfer_tokens=args["num_transfer_tokens"],
+        alg=args["alg"],
+        temperature=args["temperature"],
+        top_p=args["top_p"],
+        top_k=args["top_k"],
+        threshold=args.get("threshold"),
+        factor=args.get("factor"),
+        spare_last=not _mended(case, FACTOR_DEFECT),
+        gamma=args.get("gamma"),
+        sigma=args["sigma"] or None,
+        clip_alpha=10.0 if args.get("clip_alpha") is None else args["clip_alpha"],
+        stop_until_eos=args["stop_until_eos"],
+        fill_past_eos=_mended(case, NARROWED_BLOCK),
+        eos_id=args["eos_token_id"],
     )
 
 
@@ -262,6 +322,8 @@ _ENTRIES: dict[str, Callable[[dict[str, Any]], Run]] = {
     ),
     # d2Cache framework
     "src.generation.vanilla.vanilla_generate": _d2_framework,
+    "src.generation.klass.klass_generate": _d2_klass,
+    "src.generation.wino.wino_generate": _d2_wino,
 }
 """What a case's `source.entry` names -> how the case is read."""
 
@@ -269,6 +331,9 @@ _LLADA = {"block_length", "gen_length", "remasking", "steps", "temperature"}
 _HUGGING_FACE = {"alg", "alg_temp", "bos_token_id", "eos_token_id", "eps", "max_new_tokens"}
 _HUGGING_FACE |= {"num_return_sequences", "output_history", "pad_token_id"}
 _HUGGING_FACE |= {"return_dict_in_generate", "steps", "temperature", "top_k", "top_p"}
+_FRAMEWORK = {"alg", "attn_implementation", "block_length", "cache", "eos_token_id", "gen_length"}
+_FRAMEWORK |= {"num_transfer_tokens", "output_hidden_states", "output_probs", "pad_token_id"}
+_FRAMEWORK |= {"sigma", "stop_until_eos", "strategy", "temperature", "top_k", "top_p"}
 _ARGUMENTS: dict[Callable[[dict[str, Any]], Run], set[str]] = {
     _llada_loop: _LLADA | {"cfg_scale", "enable_cache"},
     _llada_dkv_decode: _LLADA | {"cache_reloading_step", "cfg_scale", "enable_cache"},
@@ -282,10 +347,10 @@ _ARGUMENTS: dict[Callable[[dict[str, Any]], Run], set[str]] = {
     | {"cache_steps", "cache_type", "shift_type", "threshold", "use_cache"},
     _dream_dkv_pd: _HUGGING_FACE | {"cache_steps", "cache_type", "shift_type", "use_cache"},
     _fast_dllm_dream_block: _HUGGING_FACE | {"block_length", "dual_cache", "threshold"},
-    _d2_framework: {"alg", "attn_implementation", "block_length", "cache", "clip_alpha", "debias"}
-    | {"eos_token_id", "factor", "gamma", "gen_length", "num_transfer_tokens", "output_probs"}
-    | {"output_hidden_states", "pad_token_id", "sigma", "stop_until_eos", "strategy"}
-    | {"temperature", "threshold", "top_k", "top_p"},
+    _d2_framework: _FRAMEWORK
+    | {"clip_alpha", "debias", "factor", "gamma", "threshold", "token_freq"},
+    _d2_klass: _FRAMEWORK | {"factor", "kl_history_length", "kl_threshold", "threshold"},
+    _d2_wino: _FRAMEWORK | {"narrow_out_thres", "wide_in_thres"},
 }
 """Reader -> the arguments that it translates, or that change nothing in what is recorded.
 
@@ -294,8 +359,8 @@ other argument makes a case unsupported.
 """
 
 
-def _llada_decode(args: dict[str, Any], alg: str, *, leave_early: bool = False) -> DecodeConfig:
-    _only(args, "cfg_scale", (0.0,))
+def _llada_decode(args: dict[str, Any], *, leave_early: bool = False) -> DecodeConfig:
+    _only(args, "remasking", ("low_confidence", "random"))
     return DecodeConfig(
         **AS_RECORDED,
         gen_length=args["gen_length"],
@@ -303,8 +368,9 @@ def _llada_decode(args: dict[str, Any], alg: str, *, leave_early: bool = False) 
         steps=args["steps"],
         schedule="even",
         leave_early=leave_early,
-        alg=alg,
+        alg=args["remasking"],
         temperature=args["temperature"],
+        cfg_scale=args.get("cfg_scale", 0.0),
     )
 
 
@@ -316,18 +382,20 @@ def _dream_decode(
     leave_early: bool = False,
 ) -> DecodeConfig:
     _only(args, "num_return_sequences", (1,))
-    _only(args, "alg_temp", (None, 0.0))
     # Fast-dLLM's threshold is only read by its algorithm "confidence_threshold".
-    _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy"))
+    threshold = args["threshold"] if args["alg"] == CONFIDENCE_THRESHOLD else None
+    _only(args, "alg", ("maskgit_plus", "topk_margin", "entropy", "origin", CONFIDENCE_THRESHOLD))
     return DecodeConfig(
         **AS_RECORDED,
         gen_length=args["max_new_tokens"],
         block_length=block_length,
         steps=args["steps"],
-        schedule="timestep",
+        schedule="timestep" if threshold is None else "capped",
         eps=args["eps"],
         leave_early=leave_early,
-        alg=args["alg"],
+        alg=args["alg"] if threshold is None else "maskgit_plus",
+        alg_temp=args["alg_temp"] if args["alg"] != "origin" else None,
+        threshold=threshold,
         temperature=args["temperature"],
         top_p=args["top_p"],
         top_k=args["top_k"],
@@ -348,9 +416,37 @@ def _recorded_order(case: dict[str, Any]) -> np.ndarray:
     return place_BL
 
 
-def _remasking(args: dict[str, Any]) -> str:
-    _only(args, "remasking", ("low_confidence",))
-    return args["remasking"]
+def _recorded_ranks(case: dict[str, Any]) -> Draws:
+    """The numbers that stood in for confidence in every forward, highest first, if any did."""
+    if case["args"]["remasking"] != "random":
+        return Draws()
+    recorded, fed = case["rand_rank"], case["expected"]["computed"]
+    rows, prompt = np.shape(case["prompt"])
+    length = prompt + case["args"]["gen_length"]
+    order_TBL = np.zeros((len(recorded), rows, length), np.float32)
+    for step, row in np.ndindex(len(recorded), rows):
+        positions = None if fed[step] is None else fed[step][row]
+        order_TBL[step, row, slice(None) if positions is None else positions] = [
+            -rank for rank in recorded[step][row]
+        ]
+    return Draws(order=order_TBL)
+
+
+def _recorded_transfers(case: dict[str, Any]) -> Draws:
+    """What was filled in every forward, where that was drawn."""
+    args = case["args"]
+    if args["alg"] != "origin" and not args["alg_temp"]:
+        return Draws()
+    rows, prompt = np.shape(case["prompt"])
+    transfer_TBL = np.zeros((len(case["transfer"]), rows, prompt + args["max_new_tokens"]), bool)
+    for step, row in np.ndindex(len(case["transfer"]), rows):
+        transfer_TBL[step, row, case["transfer"][step][row]] = True
+    return Draws(transfer=transfer_TBL)
+
+
+def _as_is(case: dict[str, Any]) -> bool:
+    """Whether a case is there to show what the original does wrong."""
+    return case["name"].endswith("-asis")
 
 
 def _mended(case: dict[str, Any], place: str) -> bool:

@@ -127,6 +127,7 @@ def test_a_row_of_the_table():
         committed_at=np.zeros((2, L), np.int32),
         confidence=np.zeros((2, L), np.float32),
         nfe=np.int32(3),
+        steps=np.int32([3, 3]),
         history=None,
         positions_asked=np.float32([[10, 10], [3, 4], [2, 1], [0, 0]]),
         positions_computed=np.float32([[10, 10], [4, 4], [4, 4], [0, 0]]),

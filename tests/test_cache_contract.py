@@ -19,6 +19,7 @@ from conftest import prompts, small, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import decode as decode_lib
+from dlm_jax.arguments import prepare
 from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import diffusion_generate, diffusion_stream
@@ -162,9 +163,9 @@ def test_drivers_agree(method):
     decode = decoding(method)
     one = generate("dream", method)
     if len(method.variants(decode.geometry(prompt=6, shift=1))) == 1:
-        args = decode_lib._prepare(params, model, PROMPT, MASK, KEYS, decode, method)
+        call = prepare(params, model, PROMPT, MASK, KEYS, decode, method)
         other = decode_lib._generate(
-            *args, record=("computed", "computed_layers", "history"), driver="while"
+            call, record=("computed", "computed_layers", "history"), driver="while"
         )
         chex.assert_trees_all_equal(one, other)
     frames = list(
@@ -190,8 +191,8 @@ def test_a_second_call_compiles_nothing(method, caplog):
 def test_what_is_not_computed_is_not_written(method):
     """Bitwise; dLLM-Cache also keeps fresh values of the whole response, which is its method."""
     model, params = small("dream")
-    args = decode_lib._prepare(params, model, PROMPT, MASK, KEY, decoding(method), method)
-    setup, tokens_BL = decode_lib._jit_setup(*args)
+    call = prepare(params, model, PROMPT, MASK, KEY, decoding(method), method)
+    setup, tokens_BL = decode_lib._jit_setup(call)
     state = decode_lib.begin(
         setup, tokens_BL, ("computed_layers",) if method.name == "dllm" else ()
     )
@@ -223,8 +224,8 @@ def test_finished_rows_write_nothing():
     prompt = np.where(np.arange(6)[None] < [[0], [4]], 39, PROMPT).astype(np.int32)
     for method in (cache_lib.DLLMCache(kp=1, kr=1), cache_lib.D2Cache(current_k=3)):
         decode = decoding(method, infill=True, schedule="fixed", steps=None)
-        args = decode_lib._prepare(params, model, prompt, None, KEYS, decode, method)
-        setup, tokens_BL = decode_lib._jit_setup(*args)
+        call = prepare(params, model, prompt, None, KEYS, decode, method)
+        setup, tokens_BL = decode_lib._jit_setup(call)
         state = decode_lib._jit_begin(setup, tokens_BL)
         for _ in range(10):
             before = state

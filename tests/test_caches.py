@@ -563,7 +563,7 @@ def test_a_given_order_is_followed():
         np.testing.assert_array_equal(
             np.argsort(out.committed_at[:, block]), np.argsort(order[:, block])
         )
-    with pytest.raises(ValueError, match=r"draws.order has shape \(2, 8\); it must be \(2, 11\)"):
+    with pytest.raises(ValueError, match=r"draws.order has shape \(2, 8\) .* \(2, 11\)"):
         run(Draws(order=order[:, 3:]))
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from dlm_jax import decode as decode_lib
 from dlm_jax import history
+from dlm_jax.arguments import prepare
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import diffusion_generate, diffusion_stream
 
@@ -115,9 +116,9 @@ def test_drivers_agree(setting):
     small_model, config = setting
     model, params = small_model
     prompt, mask = prompts(2, 5), np.array([[False, False, True, True, True], [True] * 5])
-    args = decode_lib._prepare(params, model, prompt, mask, KEY, config, decode_lib.NoCache())
+    call = prepare(params, model, prompt, mask, KEY, config, decode_lib.NoCache())
     results = [
-        decode_lib._generate(*args, record=("computed", "history"), driver=driver)
+        decode_lib._generate(call, record=("computed", "history"), driver=driver)
         for driver in ("scan", "while")
     ]
     chex.assert_trees_all_equal(*results)

@@ -159,6 +159,8 @@ class CacheMethod:
     """What `--cache` and the error messages call it."""
     lockstep: ClassVar[bool] = False
     """Whether the rows of a batch leave a block together unless the user says otherwise."""
+    keeps: ClassVar[bool] = True
+    """Whether a step reads what earlier ones computed."""
     reads_ahead: ClassVar[bool] = False
     """Whether `readable` goes beyond what the step may fill."""
 
@@ -168,11 +170,21 @@ class CacheMethod:
         return False
 
     def check(self, config: Config, decode: DecodeConfig) -> None:
-        """Refuses a model or decoding that the method has no meaning for.
+        """Refuses a model and decoding that have no meaning together, or none with the method.
 
         Raises:
           ValueError: one sentence that says what would be right.
         """
+        decode.check(config)
+        if decode.strategy == "wino" and self.keeps:
+            raise ValueError(
+                f"cache is {self.name!r}, which keeps keys and values; the strategy 'wino' has no "
+                "meaning with that, so take the cache 'none'."
+            )
+        self.check_settings(config, decode)
+
+    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
+        """The method's own part of `check`."""
         del config, decode
 
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:

@@ -79,7 +79,7 @@ class DKVDecode(CacheMethod):
         check_whole("cache_steps", self.cache_steps, 1)
         _check_shift_type(self.shift_type)
 
-    def check(self, config: Config, decode: DecodeConfig) -> None:
+    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
         _check_shift(config, self.shift_type)
 
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:
@@ -177,7 +177,7 @@ class DKVGreedy(CacheMethod):
         check_whole("cache_steps", self.cache_steps, 1)
         check_whole("window_size", self.window_size, 0)
 
-    def check(self, config: Config, decode: DecodeConfig) -> None:
+    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
         if not ALGORITHMS[decode.alg].drawn:
             drawn = ", ".join(name for name, measure in ALGORITHMS.items() if measure.drawn)
             raise ValueError(

@@ -40,7 +40,7 @@ class Prefix(CacheMethod):
                 f"block_start is {self.block_start!r}; it must be one of {', '.join(BLOCK_STARTS)}."
             )
 
-    def check(self, config: Config, decode: DecodeConfig) -> None:
+    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
         if self._first_column and not config.shift:
             raise ValueError(
                 "block_start is 'first-column', which is for models that predict a token from the "

@@ -14,6 +14,7 @@ class NoCache(CacheMethod):
     """The plain denoising loop; keeps no K/V at all."""
 
     name: ClassVar[str] = "none"
+    keeps: ClassVar[bool] = False
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         del memory, geo
