@@ -8,13 +8,15 @@ if TYPE_CHECKING:
     from dlm_jax.checkpoint import Checkpoint, load
     from dlm_jax.config import DecodeConfig
     from dlm_jax.decode import (
-        Draws,
         Frame,
         GenerateOutput,
         diffusion_generate,
         diffusion_stream,
     )
+    from dlm_jax.estimators import LikelihoodDraws
+    from dlm_jax.likelihood import LikelihoodConfig, log_likelihood
     from dlm_jax.models import Config, Transformer
+    from dlm_jax.state import Draws
 
 __all__ = [
     "Checkpoint",
@@ -23,11 +25,14 @@ __all__ = [
     "Draws",
     "Frame",
     "GenerateOutput",
+    "LikelihoodConfig",
+    "LikelihoodDraws",
     "Transformer",
     "cache",
     "diffusion_generate",
     "diffusion_stream",
     "load",
+    "log_likelihood",
     "models",
     "tokenizer",
 ]
@@ -38,13 +43,16 @@ _MODULES = {
     "Checkpoint": "checkpoint",
     "Config": "models",
     "DecodeConfig": "config",
-    "Draws": "decode",
+    "Draws": "state",
     "Frame": "decode",
     "GenerateOutput": "decode",
+    "LikelihoodConfig": "likelihood",
+    "LikelihoodDraws": "estimators",
     "Transformer": "models",
     "diffusion_generate": "decode",
     "diffusion_stream": "decode",
     "load": "checkpoint",
+    "log_likelihood": "likelihood",
 }
 
 

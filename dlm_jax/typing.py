@@ -8,7 +8,8 @@ Every shape in the project is spelled with these letters, in names (`tokens_BL`)
 | B | batch, one row per sequence |
 | P | prompt slots, left-padded |
 | G | generated slots |
-| L | sequence slots, `L = P + G`; also the slots of a KV cache |
+| A | slots of a given answer, right-padded |
+| L | sequence slots, `L = P + G` or `L = P + A`; also the slots of a KV cache |
 | Q | query slots that enter the network in one denoising step, `Q <= L` |
 | W | positions whose logits are read in one denoising step |
 | D | model width |
@@ -18,7 +19,8 @@ Every shape in the project is spelled with these letters, in names (`tokens_BL`)
 | R | query heads per key head, `R = N / K` |
 | H | width of one head |
 | V | vocabulary |
-| T | model forwards of one generation |
+| S | masked copies of a row that enter the network together |
+| T | model forwards of one generation, or of one likelihood |
 
 The layer axis is always spelled out as `layers`. Annotations are documentation in production and
 are checked in the tests only.

@@ -7,7 +7,8 @@ A case holds a prompt, the arguments in the original's own vocabulary, and what 
 final tokens, the canvas after every model forward, and the positions it computed in every forward.
 This script has the arguments translated (`golden_args.translate`, in the only module that knows
 those vocabularies), runs the public `dlm_jax.diffusion_generate` in float32, and prints per case
-`pass`, or where the first difference is.
+`pass`, or where the first difference is. A case may hold an answer and its log-likelihood instead
+of a generation (`golden_likelihood.py`, `dlm_jax.log_likelihood`).
 
 Exit code 0 only if every case passed; 1 if one failed or is not supported yet; 2 on bad input.
 """
@@ -23,13 +24,20 @@ from typing import Any
 import jax
 import numpy as np
 from golden_args import Unsupported, translate
+from golden_likelihood import translate_likelihood
 
 import dlm_jax
 from dlm_jax.typing import Params
 
+Generated = Any
+"""A `dlm_jax.GenerateOutput` on the host: its arrays are NumPy's."""
+
+TOLERANCE = 1e-5
+"""Relative, of a log-likelihood: the recorded ones are float32 sums in another order."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--checkpoints", type=Path, required=True, metavar="DIR")
     parser.add_argument("cases", type=Path, nargs="+", metavar="CASE.json|DIR")
     args = parser.parse_args(argv)
@@ -55,33 +63,58 @@ def main(argv: list[str] | None = None) -> int:
 def replay(case: dict[str, Any], checkpoints: Path) -> tuple[str, str]:
     """Runs one case; returns `passed`, `failed` or `unsupported`, and why."""
     model, params = _load(checkpoints / case["model"])
-    mask = case["prompt_mask"]
-    extra = ("computed_layers",) if "computed_layers" in case["expected"] else ()
     try:
-        run = translate(case, model.config)
-        out = dlm_jax.diffusion_generate(
-            params,
-            model,
-            np.asarray(case["prompt"], np.int32),
-            None if mask is None else np.asarray(mask, bool),
-            key=jax.random.key(0),
-            decode=run.decode,
-            cache=run.cache,
-            record=("computed", *extra, "history"),
-            draws=run.draws,
-        )
+        difference = _replay(case, model, params)
     except Unsupported as reason:
         return "unsupported", str(reason)
-    except (TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError) as error:
         return "failed", " ".join(str(error).split())
-    difference = compare(case, jax.device_get(out))
     return ("failed", difference) if difference else ("passed", "")
+
+
+def _replay(case: dict[str, Any], model: dlm_jax.Transformer, params: Params) -> str:
+    """Runs one case; returns the first difference, or the empty string."""
+    if "log_likelihood" in case["expected"]:
+        return _replay_likelihood(case, model, params)
+    mask = case["prompt_mask"]
+    extra = ("computed_layers",) if "computed_layers" in case["expected"] else ()
+    run = translate(case, model.config)
+    out = dlm_jax.diffusion_generate(
+        params,
+        model,
+        np.asarray(case["prompt"], np.int32),
+        None if mask is None else np.asarray(mask, bool),
+        key=jax.random.key(0),
+        decode=run.decode,
+        cache=run.cache,
+        record=("computed", *extra, "history"),
+        draws=run.draws,
+        token_freq=run.token_freq,
+    )
+    return compare(case, jax.device_get(out))
+
+
+def _replay_likelihood(case: dict[str, Any], model: dlm_jax.Transformer, params: Params) -> str:
+    run = translate_likelihood(case, model.config)
+    prompt, answer = (np.asarray(case[name], np.int32) for name in ("prompt", "answer"))
+    out = dlm_jax.log_likelihood(params, model, prompt, answer, config=run.config, draws=run.draws)
+    expected = case["expected"]
+    forwards = run.config.forwards(prompt.shape[1], answer.shape[1])
+    if forwards != expected["nfe"]:
+        return f"{forwards} model forwards, recorded {expected['nfe']}"
+    ours, recorded = np.asarray(out), np.atleast_1d(expected["log_likelihood"])
+    if ours.shape != recorded.shape:
+        return f"{len(ours)} rows, recorded {len(recorded)}"
+    for row, (value, wanted) in enumerate(zip(ours, recorded, strict=True)):
+        if not abs(value - wanted) <= TOLERANCE * abs(wanted):
+            return f"row {row}: log-likelihood {value:.6f}, recorded {wanted:.6f}"
+    return ""
 
 
 # --- Comparison ----------------------------------------------------------------------------------
 
 
-def compare(case: dict[str, Any], out: dlm_jax.GenerateOutput) -> str:
+def compare(case: dict[str, Any], out: Generated) -> str:
     """The first difference between a recorded run and ours, or the empty string."""
     expected = case["expected"]
     if int(out.nfe) != expected["nfe"]:
@@ -115,7 +148,7 @@ def _first_difference(ours: np.ndarray, recorded: np.ndarray) -> str:
     )
 
 
-def _computed_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int) -> str:
+def _computed_difference(case: dict[str, Any], out: Generated, step: int) -> str:
     """Compares the computed sets of one forward, for rows that still have something to fill."""
     recorded = case["expected"]["computed"][step]
     rows, length = out.tokens.shape
@@ -130,7 +163,7 @@ def _computed_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step
     return ""
 
 
-def _layers_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step: int) -> str:
+def _layers_difference(case: dict[str, Any], out: Generated, step: int) -> str:
     """The same for the sets of every layer, where they are recorded."""
     if "computed_layers" not in case["expected"]:
         return ""
@@ -149,7 +182,7 @@ def _layers_difference(case: dict[str, Any], out: dlm_jax.GenerateOutput, step: 
     return ""
 
 
-def _active_rows(out: dlm_jax.GenerateOutput, step: int) -> list[int]:
+def _active_rows(out: Generated, step: int) -> list[int]:
     """Rows that compute something; of those done with their block, some originals still feed."""
     return np.flatnonzero(out.computed[step].any(axis=-1)).tolist()
 
@@ -196,10 +229,14 @@ def _read(path: Path) -> dict[str, Any]:
         case = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); give a recorded case.") from error
-    missing = {"name", "source", "model", "prompt", "prompt_mask", "args", "expected"} - set(case)
+    wanted = {"name", "source", "model", "prompt", "prompt_mask", "args", "expected"}
+    recorded = {"tokens", "history", "computed", "nfe"}
+    if "log_likelihood" in case.get("expected", {}):
+        wanted, recorded = wanted | {"answer"}, {"log_likelihood", "nfe"}
+    missing = wanted - set(case)
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; give a recorded case.")
-    missing = {"tokens", "history", "computed", "nfe"} - set(case["expected"])
+    missing = recorded - set(case["expected"])
     if missing:
         raise ValueError(f"{path}: expected lacks {', '.join(sorted(missing))}.")
     return case

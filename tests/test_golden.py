@@ -27,6 +27,8 @@ REPRESENTATIVE = {
     "dream-dkv-decode-unright-c4-entropy-pad-s24",
     "dream-dkv-pd-un-c4-entropy-pad-s24-bs2",
     "dream-dkv-prefill-entropy-pad-s20-bs3",
+    "dream-loglik-ar-ftb",
+    "dream-loglik-mc-ftb-bs4",
     "dream-plain-entropy-topp0.9-topk10-s20-bs2",
     "dream-plain-infill-entropy-s16",
     "dream-plain-margin-pad-s16-bs2",
@@ -37,6 +39,8 @@ REPRESENTATIVE = {
     "fastdllm-llada-prefix-fixed-oneblock-g32b32s13",
     "llada-dkv-decode-c8-b32-s20-uneven",
     "llada-dkv-greedy-w2-c4-b16-s16-bs2",
+    "llada-loglik-mc16-bs4",
+    "llada-loglik-mc8-bs8-cfg0.5",
     "llada-plain-b8-s24-oversteps",
     "llada-plain-maskpred-b12-s24",
 }

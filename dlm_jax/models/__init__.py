@@ -1,7 +1,7 @@
 """Models by name.
 
-A new family is one module with `NAME`, `PRESETS`, `DECODE`, `WEIGHTS`, `from_hf` and `to_hf`, and
-one line in `FAMILIES`.
+A new family is one module with `NAME`, `PRESETS`, `DECODE`, `LIKELIHOOD`, `WEIGHTS`, `from_hf` and
+`to_hf`, and one line in `FAMILIES`.
 """
 
 import functools

@@ -40,6 +40,9 @@ PRESETS: dict[str, Config] = {
 DECODE: dict[str, Any] = dict(schedule="timestep", alg="entropy", block_length=None)
 """Decoding settings of the original where the user chooses none; fields of `DecodeConfig`."""
 
+LIKELIHOOD: dict[str, Any] = dict(estimator="mc_rate")
+"""The same for the log-likelihood of an answer; fields of `LikelihoodConfig`."""
+
 WEIGHTS: dict[str, str] = {
     "embed/embedding": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",

@@ -52,6 +52,9 @@ PRESETS: dict[str, Config] = {
 DECODE: dict[str, Any] = dict(schedule="even", alg="low_confidence", block_length=32)
 """Decoding settings of the original where the user chooses none; fields of `DecodeConfig`."""
 
+LIKELIHOOD: dict[str, Any] = dict(estimator="mc_count")
+"""The same for the log-likelihood of an answer; fields of `LikelihoodConfig`."""
+
 WEIGHTS: dict[str, str] = {
     "embed/embedding": "model.transformer.wte.weight",
     "final_norm/scale": "model.transformer.ln_f.weight",
