@@ -102,8 +102,8 @@ def revoke(
     """
     token_BW = queries.gather(state.tokens_BL, seen.slot_BW)
     log_p_BW = jnp.take_along_axis(sampled.tempered, token_BW[..., None], axis=-1)[..., 0]
-    nowhere_BL = jnp.ones(commit_BL.shape, jnp.float32)
-    probability_BL = queries.scatter(nowhere_BL, jnp.exp(log_p_BW), seen.slot_BW)
+    certain_BL = jnp.ones(commit_BL.shape, jnp.float32)
+    probability_BL = queries.scatter(certain_BL, jnp.exp(log_p_BW), seen.slot_BW)
     inside_BL = queries.scatter(
         jnp.zeros_like(commit_BL), jnp.ones(seen.slot_BW.shape, bool), seen.slot_BW
     )

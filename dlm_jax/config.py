@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -162,7 +163,7 @@ class DecodeConfig:
             if self.schedule is None:
                 raise ValueError(
                     f"steps is {self.steps}, but {self._decider} decides how many tokens a step "
-                    "commits; leave steps out, or set schedule='capped' to make them the least."
+                    "commits; leave steps out, or set schedule='capped' to make them the fewest."
                 )
             raise ValueError(
                 f"steps is {self.steps}, but the schedule 'fixed' counts tokens; leave steps out "
@@ -211,6 +212,10 @@ class DecodeConfig:
                 "commits."
             )
         wanted = self._wanted_schedules
+        if self.schedule == "capped" and not self.parallel:
+            raise ValueError(
+                f"schedule is 'capped', which limits a rule; give one of {', '.join(RULES)}."
+            )
         if self.schedule is not None and self.schedule not in wanted:
             raise ValueError(
                 f"schedule is {self.schedule!r}; with {self._decider} it must be "
@@ -230,11 +235,10 @@ class DecodeConfig:
                 f"alg_temp is {self.alg_temp}, which draws the positions of a step; with "
                 f"{self._decider} leave it out."
             )
-        top = self.threshold
-        if self.alg == "entropy" and top is not None and _concrete(top) and top > 0:
+        if self.alg == "entropy" and _concrete(self.threshold) and self.threshold > 0:
             raise ValueError(
-                f"threshold is {top}, but confidences of alg 'entropy' are never above 0; take "
-                "alg 'maskgit_plus' or 'topk_margin'."
+                f"threshold is {self.threshold}, but confidences of alg 'entropy' are never above "
+                "0; take alg 'maskgit_plus' or 'topk_margin'."
             )
 
     def _check_strategy(self) -> None:
@@ -384,9 +388,8 @@ class DecodeConfig:
             dtype = jnp.int32 if name in ("top_k", "max_forwards") else jnp.float32
             numbers[name] = jnp.asarray(value, dtype) if on else None
             # Whatever its value, a number that is on makes the same program.
-            static[name] = (
-                _ON.get(name, getattr(type(self), name)) if on else getattr(type(self), name)
-            )
+            default = getattr(type(self), name)
+            static[name] = _ON.get(name, default) if on else default
         return dataclasses.replace(self, **static), Numbers(**numbers)
 
 
@@ -405,7 +408,13 @@ def _positive(value: Any) -> bool:
 
 
 def _whole(name: str, value: Any) -> None:
-    if _concrete(value) and (value != int(value) or value < 1):
+    if not _concrete(value):
+        return
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
         raise ValueError(f"{name} is {value}; it must be a whole number from 1 on.")
 
 

@@ -72,6 +72,8 @@ class Frame(NamedTuple):
     confidence: Float[Array, "B L"]
     positions_computed: float
     """Of this forward, per row."""
+    steps: Int[Array, " B"]
+    """Forwards so far in which the row had something to fill."""
 
 
 def diffusion_generate(
@@ -188,12 +190,15 @@ def _frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
             state.committed_at_BL,
             state.confidence_BL,
             float(setup.slots[int(state.variant_T[step_index])]),
+            state.step_B,
         )
 
 
 def _check_state(state: DecodeState, record: tuple[str, ...], call: Call) -> None:
     """Refuses a state that cannot be of the call with these arguments."""
     kept = dict(computed=state.computed_TBL, computed_layers=state.layer_sets)
+    if call.decode.strategy == "wino":  # whose history no later state can tell
+        kept["history"] = state.canvas_TBL
     for name, records in kept.items():
         if name in record and records is None:
             raise ValueError(

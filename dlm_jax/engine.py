@@ -28,16 +28,20 @@ class Answer:
     """What became of one prompt.
 
     Attributes:
-      ids: the generated token ids; with infilling the whole row, prompt included.
-      committed_at: model forward in which each of `ids` was committed; -1 if it was given.
-      text: `ids` up to the end of the answer as text; None without a tokenizer.
+      ids: the generated token ids; with infilling the whole row, prompt included. What was not
+        filled in the end is a mask.
+      committed_at: model forward in which each of `ids` was committed; -1 if it was given, or is
+        still a mask.
+      text: `ids` up to the end of the answer as text, without masks; None without a tokenizer.
       tokens: number of generated tokens up to the end of the answer.
+      masks: number of masks that were left there.
     """
 
     ids: list[int]
     committed_at: list[int]
     text: str | None
     tokens: int
+    masks: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Result:
         `Answer.ids`; None unless asked for.
       nfe: model forwards.
       positions: positions that a forward computed per row, mean over the forwards.
+      tokens_per_forward: tokens that a row committed in each forward in which it had something to
+        fill, those behind the end of the answer included; mean over the rows.
       compile_seconds: time spent on tracing and compiling; 0 if the program was there already.
       seconds: time spent on decoding.
     """
@@ -58,6 +64,7 @@ class Result:
     frames: list[list[list[int]]] | None
     nfe: int
     positions: float
+    tokens_per_forward: float
     compile_seconds: float
     seconds: float
 
@@ -67,7 +74,7 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class PromptError(ValueError):
@@ -81,6 +88,8 @@ class Snapshot(NamedTuple):
     ids: list[list[int]]
     committed_at: list[list[int]]
     confidence: list[list[float]]
+    pending: list[int]
+    """Masks of each row that are still to be filled."""
 
 
 def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConfig) -> None:
@@ -123,6 +132,7 @@ class Engine:
         decode: DecodeConfig,
         cache: CacheMethod,
         *,
+        token_freq: np.ndarray | None = None,
         history: bool = False,
         progress: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
@@ -132,12 +142,14 @@ class Engine:
           checkpoint: see the attributes.
           decode: see the attributes.
           cache: cache method.
+          token_freq: see `diffusion_generate`.
           history: whether results hold the frames.
           progress: makes a context around a phase that takes its time, told the phase's name.
         """
         self.checkpoint = checkpoint
         self.decode = decode
         self._cache = cache
+        self._token_freq = token_freq
         self._history = history
         self._progress = progress
         self._programs: dict[tuple[int, ...], Any] = {}
@@ -182,9 +194,14 @@ class Engine:
         if out.history is not None:
             frames = [self._cut(canvas_BL, rows) for canvas_BL in np.asarray(out.history)[:nfe]]
         ids, committed_at = self._cut(out.tokens, rows), self._cut(out.committed_at, rows)
-        positions = float(np.asarray(out.positions_computed)[:nfe].mean())
         return self._result(
-            ids, committed_at, frames, nfe, positions, compiled - start, done - compiled
+            ids,
+            committed_at,
+            frames,
+            np.asarray(out.positions_computed)[:nfe],
+            np.asarray(out.steps),
+            compiled - start,
+            done - compiled,
         )
 
     def _stepwise(
@@ -204,30 +221,36 @@ class Engine:
                 key=key,
                 decode=self.decode,
                 cache=self._cache,
+                token_freq=self._token_freq,
             )
 
         start = time.perf_counter()
         with self._progress("compiling"):
-            next(stream())
+            next(stream(), None)
         compile_seconds = time.perf_counter() - start
-        snapshots, positions = [], []
+        masks = [self.checkpoint.config.mask_id] * self.decode.gen_length
+        ids = [[*row, *masks] if self.decode.infill else masks for row in rows]
+        committed_at = [[-1] * len(row) for row in ids]
+        frames, positions = [], []
+        steps_B = np.zeros(len(rows), int)
         seconds = 0.0
         start = time.perf_counter()
         for frame in stream():
+            steps_B = np.asarray(frame.steps)
             canvas = (frame.tokens, frame.committed_at, frame.confidence)
-            snapshots.append(Snapshot(frame.step, *(self._cut(array, rows) for array in canvas)))
+            ids, committed_at, confidence = (self._cut(array, rows) for array in canvas)
+            frames.append(ids)
             positions.append(frame.positions_computed)
             seconds += time.perf_counter() - start
-            draw(snapshots[-1])
+            pending = [self._pending(row) for row in ids]
+            draw(Snapshot(frame.step, ids, committed_at, confidence, pending))
             start = time.perf_counter()
-        last = snapshots[-1]
-        frames = [snapshot.ids for snapshot in snapshots] if self._history else None
         return self._result(
-            last.ids,
-            last.committed_at,
-            frames,
-            len(snapshots),
-            sum(positions) / len(positions),
+            ids,
+            committed_at,
+            frames if self._history else None,
+            np.asarray(positions),
+            steps_B,
             compile_seconds,
             seconds,
         )
@@ -241,6 +264,7 @@ class Engine:
             key=key,
             decode=self.decode,
             cache=self._cache,
+            token_freq=self._token_freq,
             record=("history",) if self._history else (),
         )
 
@@ -251,26 +275,48 @@ class Engine:
         shown = [len(row) if self.decode.infill else 0 for row in rows]
         return [array_BL[i, prompt - count :].tolist() for i, count in enumerate(shown)]
 
+    def _pending(self, ids: Sequence[int]) -> int:
+        """Masks among the ids of an answer that the decoding would go on to fill."""
+        if self.decode.stop_until_eos:
+            ids = self._until_end(ids)
+        return list(ids).count(self.checkpoint.config.mask_id)
+
+    def _until_end(self, ids: Sequence[int]) -> Sequence[int]:
+        """The ids of an answer up to its end; a prompt may hold ends of text that were given."""
+        given = len(ids) - self.decode.gen_length
+        eos_id = self.decode.eos_id
+        eos_id = self.checkpoint.config.eos_id if eos_id is None else eos_id
+        return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], eos_id)]
+
     def _result(
         self,
         ids: list[list[int]],
         committed_at: list[list[int]],
         frames: list[list[list[int]]] | None,
-        nfe: int,
-        positions: float,
+        positions_T: np.ndarray,
+        steps_B: np.ndarray,
         compile_seconds: float,
         seconds: float,
     ) -> Result:
-        answers = [self._answer(*row) for row in zip(ids, committed_at, strict=True)]
-        return Result(answers, frames, nfe, positions, compile_seconds, seconds)
+        committed_B = np.array([sum(step >= 0 for step in row) for row in committed_at])
+        return Result(
+            answers=[self._answer(*row) for row in zip(ids, committed_at, strict=True)],
+            frames=frames,
+            nfe=len(positions_T),
+            positions=float(positions_T.mean()) if len(positions_T) else 0.0,
+            tokens_per_forward=float((committed_B / np.maximum(steps_B, 1)).mean()),
+            compile_seconds=compile_seconds,
+            seconds=seconds,
+        )
 
     def _answer(self, ids: list[int], committed_at: list[int]) -> Answer:
-        config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer
-        # An infilled row may hold ends of text that were given; nothing is cut there.
-        kept = ids if self.decode.infill else tokenizer_lib.until_eos(ids, config.eos_id)
+        tokenizer, mask_id = self.checkpoint.tokenizer, self.checkpoint.config.mask_id
+        kept = self._until_end(ids)
+        filled = [token for token in kept if token != mask_id]
         return Answer(
             ids=ids,
             committed_at=committed_at,
-            text=None if tokenizer is None else tokenizer_lib.decode(tokenizer, kept),
+            text=None if tokenizer is None else tokenizer_lib.decode(tokenizer, filled),
             tokens=sum(step >= 0 for step in committed_at[: len(kept)]),
+            masks=len(kept) - len(filled),
         )

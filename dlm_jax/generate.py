@@ -112,22 +112,88 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("decoding").add_argument
     add(
         "--gen-length",
-        type=int,
+        type=_whole,
         metavar="G",
-        help="tokens to generate [128, or a quarter of the model's context if that is less]",
+        help="tokens to generate [128, or a quarter of the model's context if that is less; with "
+        "--infill none]",
     )
-    add("--steps", type=int, metavar="N", help="denoising steps [one per token]")
+    add(
+        "--infill",
+        action="store_true",
+        help="fill the masks in the prompts: [MASK] is one, [MASK*5] five; the text is the whole "
+        "row",
+    )
     add(
         "--block-length",
-        type=int,
+        type=_whole,
         metavar="N",
         help="tokens per block; blocks are filled from left to right [as the model family does]",
     )
-    add("--alg", metavar="NAME", help="measure of confidence [as the model family does]")
     add("--temperature", type=_number, metavar="X", help="0 takes the most probable token [0]")
     add("--top-p", type=_number, metavar="X", help="nucleus filter, in (0, 1] [off]")
-    add("--top-k", type=int, metavar="K", help="draw from the K most probable tokens [off]")
+    add("--top-k", type=_whole, metavar="K", help="draw from the K most probable tokens [off]")
     add("--seed", type=_seed, default=0, metavar="N", help="seed of the sampling [0]")
+    add("--cfg-scale", type=_number, metavar="X", help="classifier-free guidance [0, off]")
+    add(
+        "--suppress",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token, as text or id, that is never generated; may be repeated",
+    )
+    add("--stop-at-eos", action="store_true", help="spend nothing on what follows the answer's end")
+    add("--max-forwards", type=_whole, metavar="N", help="stop after so many model forwards [off]")
+
+    add = parser.add_argument_group("how many tokens a step commits").add_argument
+    add("--steps", type=_whole, metavar="N", help="denoising steps [one per token]")
+    add(
+        "--schedule",
+        metavar="NAME",
+        help="even, timestep, fixed or, with a rule, capped [as the model family does]",
+    )
+    add(
+        "--num-transfer-tokens",
+        type=_whole,
+        metavar="N",
+        help="tokens per step of the schedule fixed; with a rule, the least [1]",
+    )
+    add("--threshold", type=_number, metavar="X", help="rule: all that are at least so sure")
+    add("--factor", type=_number, metavar="X", help="rule: the surer, the more at once")
+    add("--gamma", type=_number, metavar="X", help="rule: as long as entropies sum up to X nats")
+    add("--strategy", metavar="NAME", help="klass, with a threshold or factor; or wino")
+    add(
+        "--strategy-args",
+        type=_pairs,
+        default={},
+        metavar="K=V,...",
+        help="arguments of the strategy, as kl_threshold=0.01,kl_history_length=2 or "
+        "wide_in_thres=0.6,narrow_out_thres=0.9",
+    )
+
+    add = parser.add_argument_group("which tokens a step commits").add_argument
+    add("--alg", metavar="NAME", help="measure of confidence [as the model family does]")
+    add(
+        "--alg-temp",
+        type=_number,
+        metavar="X",
+        help="draw the positions; the higher, the less their confidence matters [0, off]",
+    )
+    add(
+        "--sigma",
+        type=_number,
+        metavar="X",
+        help="prefer what has known tokens within about X positions [off]",
+    )
+    add(
+        "--debias",
+        metavar="FILE",
+        help="prefer tokens that are rare in a corpus; JSON with their counts or shares",
+    )
+    add(
+        "--clip-alpha", type=_number, metavar="X", help="the most a debiased confidence can be [10]"
+    )
+
+    add = parser.add_argument_group("cache").add_argument
     add(
         "--cache",
         default="none",
@@ -180,11 +246,19 @@ def check(args: argparse.Namespace) -> None:
             (args.prompt_ids, "--prompt-ids"),
             (args.json, "--json"),
             (args.history, "--history"),
+            (args.infill, "--infill"),
         ):
             if given:
                 raise ValueError(f"--interactive asks for its prompts; {option} cannot go with it.")
     if "" in args.stop:
         raise ValueError("--stop is empty; it must be the text at which to cut.")
+    for text in args.suppress:
+        if not text or not _is_unicode(text):
+            raise ValueError(f"--suppress is {text!r}; it must be a token's text, or its id.")
+    if args.strategy_args and args.strategy is None:
+        raise ValueError("--strategy-args are arguments of a strategy; choose it with --strategy.")
+    if args.clip_alpha is not None and args.debias is None:
+        raise ValueError("--clip-alpha bounds debiased confidences; it needs --debias.")
     if args.history is not None:
         _check_target(args.history)
 
@@ -208,7 +282,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     for name, text in found:
         if not text.strip():
             raise ValueError(f"{name} is empty; a prompt must hold some text.")
-        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not _is_unicode(text):
             raise ValueError(f"{name} is no valid Unicode text.")
     return [text for _, text in found] or [QUESTION]
 
@@ -265,6 +339,20 @@ def _check_target(path: Path) -> None:
         raise ValueError(f"{path} is no regular file; --history must name one, or a new file.")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{path} cannot be written; its directory must exist and be writable.")
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below {2**31}")
+    return value
 
 
 def _number(text: str) -> float:

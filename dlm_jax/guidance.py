@@ -31,8 +31,9 @@ def canvases(
 
 
 def combine(
-    logits_BWV: Float[Array, "B2 W V"], cfg_scale: Float[Array, ""]
+    conditional: Float[Array, "B W V"],
+    unconditional: Float[Array, "B W V"],
+    cfg_scale: Float[Array, ""],
 ) -> Float[Array, "B W V"]:
     """Guided logits: at scale w, unconditional + (w + 1) (conditional - unconditional)."""
-    conditional, unconditional = jnp.split(logits_BWV, 2)
     return unconditional + (cfg_scale + 1) * (conditional - unconditional)

@@ -15,12 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from dlm_jax import cache, chat, checkpoint, tokenizer
 from dlm_jax.config import DecodeConfig
 from dlm_jax.engine import Answer, Engine, Result, check_rows
 from dlm_jax.live import Canvas
+from dlm_jax.models import Config
+from dlm_jax.sampler import ALGORITHMS
+
+PASSED = (
+    *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),
+    *("alg", "alg_temp", "sigma", "clip_alpha", "threshold", "factor", "gamma"),
+    *("temperature", "top_p", "top_k", "cfg_scale", "max_forwards"),
+)
+"""Options that are fields of `DecodeConfig`."""
+STRATEGY_ARGS = {
+    "klass": ("kl_threshold", "kl_history_length"),
+    "wino": ("wide_in_thres", "narrow_out_thres"),
+}
+"""What --strategy-args may name for each strategy; fields of `DecodeConfig`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,30 +86,20 @@ class Job:
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)
         if texts:
-            rows = tokenizer.encode(tok, texts, chat=as_chat)
+            rows = _encode(args, tok, texts, config, chat=as_chat)
         else:
             texts = [" ".join(map(str, row)) for row in rows]
-        gen_length = (
-            min(128, config.max_length // 4) if args.gen_length is None else args.gen_length
-        )
-        decode = DecodeConfig.for_model(
-            config,
-            gen_length=gen_length,
-            steps=args.steps,
-            block_length=args.block_length,
-            alg=args.alg,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k,
-            infill=any(config.mask_id in row for row in rows),
-        )
+        decode = _decode_config(args, tok, config, rows)
+        _check_masks(args, rows, config, decode)
         method = cache.make(args.cache, **args.cache_args)
         method.check(config, decode)
         check_rows(rows, config, decode)
+        token_freq = _token_freq(args, config, decode)
         engine = Engine(
             checkpoint.load(directory, dtype=args.dtype),
             decode,
             method,
+            token_freq=token_freq,
             history=args.history is not None,
             progress=functools.partial(_progress, console),
         )
@@ -153,17 +158,21 @@ class Job:
         self.note(textwrap.shorten(prompt, 500, placeholder=" ..."), style="bold")
 
     def statistics(self, result: Result) -> str:
+        steps = "" if self._steps is None else f"{self._steps} denoising steps, "
+        left = sum(answer.masks for answer in result.answers)
         return (
             f"{result.tokens} tokens in {result.seconds:.2f} s "
             f"({result.tokens_per_second:.1f} tokens/s), compiled in {result.compile_seconds:.1f} "
-            f"s; {self._steps} denoising steps, {result.nfe} model forwards of "
-            f"{result.positions:.1f} positions"
+            f"s; {steps}{result.nfe} model forwards of {result.positions:.1f} positions, "
+            f"{result.tokens_per_forward:.2f} tokens per forward"
+            + (f"; masks left: {left}" if left else "")
         )
 
     @property
     def _steps(self) -> int | None:
-        decode, config = self.engine.decode, self.engine.checkpoint.config
-        return decode.geometry(prompt=1, shift=config.shift).steps
+        """The planned number of denoising steps; None where tokens are counted instead."""
+        decode = self.engine.decode
+        return None if decode.pace == "fixed" else decode.steps or decode.gen_length
 
     def _json(self, i: int, answer: Answer, result: Result) -> str:
         return json.dumps(
@@ -180,6 +189,7 @@ class Job:
                     "steps": self._steps,
                     "forwards": result.nfe,
                     "positions_per_forward": round(result.positions, 3),
+                    "tokens_per_forward": round(result.tokens_per_forward, 3),
                 },
             }
         )
@@ -216,7 +226,110 @@ def _use_chat(args: argparse.Namespace, tok: Any) -> bool:
         )
     if args.chat and not tokenizer.has_chat_template(tok):
         raise ValueError(f"The tokenizer of {args.model} has no chat template; leave --chat out.")
-    return tokenizer.has_chat_template(tok) if args.chat is None else args.chat
+    if args.chat is None:
+        return tokenizer.has_chat_template(tok) and not args.infill
+    return args.chat
+
+
+def _encode(
+    args: argparse.Namespace, tok: Any, texts: list[str], config: Config, *, chat: bool
+) -> list[list[int]]:
+    """Token ids of the prompts, with the masks that --infill is about."""
+    if args.infill:
+        limit = config.max_length
+        texts = [tokenizer.write_masks(tok, text, config.mask_id, limit=limit) for text in texts]
+    return tokenizer.encode(tok, texts, chat=chat)
+
+
+def _check_masks(
+    args: argparse.Namespace, rows: list[list[int]], config: Config, decode: DecodeConfig
+) -> None:
+    """Refuses masks that nobody asked to fill, and prompts in which there is nothing to do."""
+    for number, row in enumerate(rows, 1):
+        which = "The prompt" if len(rows) == 1 else f"Prompt {number}"
+        if config.mask_id in row and not decode.infill:
+            raise ValueError(f"{which} holds the mask token; have it filled with --infill.")
+        if config.mask_id not in row and decode.gen_length == 0 and decode.infill:
+            mask = f"id {config.mask_id}" if args.prompt_ids else "[MASK], or [MASK*5] for five,"
+            raise ValueError(
+                f"{which} holds no mask, and nothing is to follow it; put {mask} where tokens are "
+                "to be filled in, or set --gen-length."
+            )
+
+
+def _decode_config(
+    args: argparse.Namespace, tok: Any, config: Config, rows: list[list[int]]
+) -> DecodeConfig:
+    """What the options, the model and the prompts say about decoding."""
+    gen_length = args.gen_length
+    if gen_length is None:
+        gen_length = 0 if args.infill else min(128, config.max_length // 4)
+    if gen_length == 0 and args.infill:
+        for option, given in (
+            ("--block-length", args.block_length is not None),
+            ("--stop-at-eos", args.stop_at_eos),
+        ):
+            if given:
+                raise ValueError(
+                    f"{option} is about what follows the prompt, but with --infill nothing does; "
+                    "leave it out, or set --gen-length."
+                )
+    infill = args.infill or (bool(args.prompt_ids) and any(config.mask_id in row for row in rows))
+    try:
+        suppress = tuple(tokenizer.token_id(tok, text) for text in args.suppress)
+    except ValueError as error:
+        raise ValueError(f"--suppress: {error}") from error
+    decode = DecodeConfig.for_model(
+        config,
+        gen_length=gen_length,
+        infill=infill or None,
+        stop_until_eos=args.stop_at_eos or None,
+        suppress=suppress or None,
+        **{name: getattr(args, name) for name in PASSED},
+        **_strategy_args(args),
+    )
+    if args.num_transfer_tokens is not None and decode.pace != "fixed":
+        raise ValueError(
+            f"--num-transfer-tokens belongs to the schedule 'fixed', and this is {decode.pace!r}; "
+            "add --schedule fixed, or leave it out."
+        )
+    if decode.gen_length == 0 and decode.steps is None and decode.pace != "fixed":
+        # One step per token: a row may have as many masks as it has slots, but rarely does.
+        masks = max((row.count(config.mask_id) for row in rows), default=0)
+        decode = dataclasses.replace(decode, steps=max(masks, 1))
+    return decode
+
+
+def _strategy_args(args: argparse.Namespace) -> dict[str, int | float]:
+    """The arguments of --strategy-args, if they are the strategy's."""
+    known = STRATEGY_ARGS.get(args.strategy)
+    if known is None:
+        return {}  # `DecodeConfig` refuses the strategy
+    for name, value in args.strategy_args.items():
+        if name not in known:
+            raise ValueError(
+                f"The strategy {args.strategy!r} has no argument {name!r}; it takes "
+                f"{', '.join(known)}."
+            )
+        if type(value) not in (int, float) or not abs(value) < 2**31:
+            raise ValueError(f"{name} is {value!r}; it must be a number.")
+    # JSON does not tell 2.0 from 2.
+    return {k: int(x) if x == int(x) else x for k, x in args.strategy_args.items()}
+
+
+def _token_freq(
+    args: argparse.Namespace, config: Config, decode: DecodeConfig
+) -> np.ndarray | None:
+    """The frequencies of --debias."""
+    if args.debias is None:
+        return None
+    if not (decode.measure.is_probability and decode.measure.ranks):
+        right = [name for name, m in ALGORITHMS.items() if m.is_probability and m.ranks]
+        raise ValueError(
+            f"--debias calibrates probabilities, and alg {decode.alg!r} does not compare any; add "
+            f"--alg {' or '.join(right)}."
+        )
+    return tokenizer.frequencies(args.debias, config.vocab_size)
 
 
 @contextlib.contextmanager

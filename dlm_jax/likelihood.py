@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dlm_jax import models, queries
+from dlm_jax import guidance, models, queries
 from dlm_jax.estimators import ESTIMATORS, LikelihoodDraws, plan
 from dlm_jax.models.base import Config, Transformer, readout
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params
@@ -264,7 +264,7 @@ def _log_likelihood(
         logits_BWV = readout(model, params, hidden_GBLD[0], every, slot_BW)
         if cfg_scale is not None:
             free_BWV = readout(model, params, hidden_GBLD[1], every, slot_BW)
-            logits_BWV = free_BWV + (cfg_scale + 1.0) * (logits_BWV - free_BWV)
+            logits_BWV = guidance.combine(logits_BWV, free_BWV, cfg_scale)
         token_BW = queries.gather(tokens_BL, slot_BW)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_BWV), token_BW[..., None], axis=-1)
         return jnp.sum(jnp.where(weight_BW > 0, weight_BW * log_p[..., 0], 0.0), axis=-1)

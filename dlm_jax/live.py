@@ -59,7 +59,7 @@ class Canvas:
             textwrap.shorten(text, PROMPT_LENGTH, placeholder=" ...") for text in prompts
         ]
         self._config, self._tokenizer = config, tokenizer
-        self._special = {config.eos_id, config.pad_id}
+        self._special = {config.eos_id, config.pad_id, config.mask_id}
         if tokenizer is not None:
             self._special |= set(tokenizer.all_special_ids)
         self._mask = self._mask_picture(rows)
@@ -81,7 +81,7 @@ class Canvas:
 
     def draw(self, snapshot: Snapshot) -> None:
         """Shows one snapshot, and holds it so that it can be seen."""
-        masks = sum(ids.count(self._config.mask_id) for ids in snapshot.ids)
+        masks = sum(snapshot.pending)
         committed = sum(step >= 0 for row in snapshot.committed_at for step in row)
         pause = self._shown + min(SLOWEST, SHOW_SECONDS / (masks + committed)) - time.monotonic()
         if pause > 0:
@@ -107,7 +107,7 @@ class Canvas:
         for position, piece in enumerate(self._pieces(ids)):
             fresh = committed_at[position] == snapshot.step
             colour = _colour(sureness[position])
-            if ids[position] == self._config.mask_id:
+            if ids[position] == self._config.mask_id and snapshot.pending[i]:
                 text.append(self._mask, MASK_STYLE)
             elif ids[position] in self._special:
                 # Dots go to the next line by themselves, not with the word before them.

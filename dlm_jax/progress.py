@@ -51,6 +51,8 @@ def rows(setup: Setup, state: DecodeState) -> tuple[Row, Int[Array, " B"]]:
 
 def enter(setup: Setup, state: DecodeState) -> DecodeState:
     """Brings a fresh state to its first block and chooses what its first forward computes."""
+    before = state._replace(block_B=state.block_B - 1)
+    state = state._replace(block_B=_next_block(setup, before))
     return _choose(setup, state._replace(block_masks_B=_block_masks(setup, state)))
 
 

@@ -7,8 +7,11 @@ the first one is opened. No code of a checkpoint is run and nothing is fetched.
 """
 
 import itertools
+import json
+import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from types import ModuleType
@@ -29,6 +32,9 @@ FILES = (
     "chat_template.jinja",
 )
 """All files that a tokenizer may consist of; a checkpoint is copied together with them."""
+
+MASKS = re.compile(r"\[MASK(?:\*([^\]]*))?\]")
+"""How a text says where tokens are to be filled in: `[MASK]`, or `[MASK*5]` for five of them."""
 
 Tokenizer = Any
 """A `transformers` tokenizer. Its class is not named, so that nothing imports it early."""
@@ -88,6 +94,110 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     # The template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def write_masks(tokenizer: Tokenizer, text: str, mask_id: int, *, limit: int) -> str:
+    """Puts the tokenizer's own text for a mask where `[MASK]` or `[MASK*5]` stands.
+
+    Args:
+      tokenizer: knows that text.
+      text: a prompt.
+      mask_id: the model's mask token.
+      limit: the most masks that can be of use.
+
+    Raises:
+      ValueError: the number of masks is none, or the tokenizer has no text for them.
+    """
+    mask = tokenizer.convert_ids_to_tokens(mask_id)
+    if mask is None or tokenizer(mask, add_special_tokens=False)["input_ids"] != [mask_id]:
+        raise ValueError(
+            f"The tokenizer has no text for the mask token, {mask_id}; give the prompts as ids."
+        )
+
+    def written(match: re.Match[str]) -> str:
+        count = "1" if match[1] is None else match[1].strip()
+        if not count.isdecimal() or not 1 <= float(count) <= limit:
+            raise ValueError(
+                f"{match[0]!r} must say how many masks it stands for, 1 to {limit}, as [MASK*5]."
+            )
+        return mask * int(count)
+
+    return MASKS.sub(written, text)
+
+
+def token_id(tokenizer: Tokenizer | None, text: str) -> int:
+    """The id of one token, which is given as its text or as a decimal number, its id.
+
+    Raises:
+      ValueError: the text is not exactly one token.
+    """
+    if text.isdecimal():
+        return int(text)
+    if tokenizer is None:
+        raise ValueError(f"{text!r} needs a tokenizer, and there is none; give the token's id.")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens, {ids}; it must be exactly one.")
+    return ids[0]
+
+
+def frequencies(path: str | os.PathLike[str], vocab_size: int) -> np.ndarray:
+    """The share of each token in a corpus, from a JSON file.
+
+    The file holds a list of all shares, or counts as the corpus files of PC-Sampler
+    (arXiv 2508.13021) do: `{"num_token": N, "p_baseline_dict": {"<token id>": count, ...}}`. A
+    token that is not listed counts as if it had occurred once.
+
+    Returns:
+      float32 `[V]`, for the argument `token_freq` of `diffusion_generate`.
+
+    Raises:
+      ValueError: the file holds something else; one sentence says where.
+    """
+    try:
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if isinstance(data, list):
+        if len(data) != vocab_size:
+            raise ValueError(
+                f"{path} lists {len(data)} shares; it must have one for each of the {vocab_size} "
+                "tokens."
+            )
+        total, counts = 1, dict(enumerate(data))
+    else:
+        total, counts = _counts(path, data, vocab_size)
+    for token, count in counts.items():
+        if not _is_number(count) or not 0 <= count <= total:
+            raise ValueError(
+                f"{path} has {count!r} for token {token}; it must be a number from 0 to {total}."
+            )
+    shares = np.full(vocab_size, 1 / total, np.float32)
+    shares[list(counts)] = [count / total for count in counts.values()]
+    return shares
+
+
+def _counts(
+    path: str | os.PathLike[str], data: Any, vocab_size: int
+) -> tuple[int | float, dict[int, Any]]:
+    """Size of a corpus, and the counts of the tokens that are listed."""
+    data = data if isinstance(data, dict) else {}
+    listed, total = data.get("p_baseline_dict"), data.get("num_token", 0)
+    if not isinstance(listed, dict) or not _is_number(total) or total < 1:
+        raise ValueError(
+            f'{path} must hold a list of shares, or an object with the corpus size as "num_token" '
+            'and the counts of its tokens as "p_baseline_dict".'
+        )
+    for token in listed:
+        if not token.isdecimal() or int(token) >= vocab_size:
+            raise ValueError(
+                f"{path} has a count for token {token!r}; ids must lie in 0 to {vocab_size - 1}."
+            )
+    return total, {int(token): count for token, count in listed.items()}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -math.inf < value < math.inf
 
 
 def pad(

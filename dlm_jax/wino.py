@@ -80,7 +80,7 @@ def _layer(
     return (hidden + block.ffn(hidden), acc), layer_cache
 
 
-def most(masks: Int[Array, ""], least: Int[Array, ""]) -> Int[Array, ""]:
+def most(masks: Int[Array, "*B"], least: Int[Array, "*B"]) -> Int[Array, "*B"]:
     """The most tokens that a step commits into a block with so many masks."""
     return jnp.maximum(jnp.clip(masks * 7 // 10, 5, 20), least)
 

@@ -223,8 +223,11 @@ def _d2_framework(case: dict[str, Any]) -> Run:
     rows = len(case["prompt"])
     if args["stop_until_eos"] and rows > 1 and _as_is(case) and args["cache"] is not None:
         raise Unsupported("stop_until_eos: the case records a defect of the original")
-    frequencies = np.asarray(args["token_freq"], np.float32) if args["debias"] else None
-    return Run(_d2_decode(case), _d2_framework_cache(case), token_freq=frequencies)
+    decode, frequencies = _d2_decode(case), None
+    # Other measures take the place of the debiased probability.
+    if args["debias"] and decode.measure.is_probability:
+        frequencies = np.asarray(args["token_freq"], np.float32)
+    return Run(decode, _d2_framework_cache(case), token_freq=frequencies)
 
 
 def _d2_klass(case: dict[str, Any]) -> Run:

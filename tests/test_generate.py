@@ -3,6 +3,7 @@
 The model is random, so its text means nothing; what is checked is where every piece of it goes.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -22,8 +23,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax import arithmetic, cache, checkpoint, generate, job, live, tokenizer
-from dlm_jax.config import DecodeConfig
+from dlm_jax.config import STRATEGIES, DecodeConfig
 from dlm_jax.engine import Answer, Engine, PromptError, Result, Snapshot, check_rows
+from dlm_jax.schedule import SCHEDULES
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"
@@ -93,6 +95,7 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
         assert stats["seconds"] > 0 and stats["compile_seconds"] > 0
         assert stats["positions_per_forward"] == 64 + 8  # the prompts are padded to 64 slots
         assert stats["tokens"] <= 8 and stats["batch_tokens"] <= 16
+        assert stats["tokens_per_forward"] == 2
 
     written = json.loads(history.read_text())
     frames = np.array(written["frames"])  # [step, row, G]
@@ -104,11 +107,14 @@ def test_a_ragged_batch_as_json_with_its_history(model, capsys, tmp_path):
     assert os.listdir(tmp_path) == ["history.json"]
 
 
-def test_the_help_lists_all_caches(capsys):
+def test_the_help_lists_all_caches_schedules_and_strategies(capsys):
     with pytest.raises(SystemExit):
         generate.parse(["--help"])
     told = "".join(capsys.readouterr().out.split())  # lines break at hyphens
     assert all(name in told.split("--cacheNAME")[-1][:120] for name in cache.METHODS)
+    assert all(name in told.split("--scheduleNAME")[-1][:80] for name in SCHEDULES)
+    assert all(name in told.split("--strategyNAME")[-1][:80] for name in STRATEGIES)
+    assert job.STRATEGY_ARGS.keys() == set(STRATEGIES)
 
 
 def test_a_cache_computes_less(model, capsys):
@@ -150,6 +156,80 @@ def test_masks_among_prompt_ids_are_filled(capsys, tmp_path, monkeypatch):
     assert lines(capsys.readouterr().out) == [" ".join(map(str, row)) for row in (first, second)]
 
 
+def test_the_masks_in_a_text_are_filled(model, capsys, tmp_path):
+    """And nothing else: the text is the whole row, with one token per mask."""
+    history = tmp_path / "history.json"
+    prompts = ["a [MASK*3]b<|mask|>c", "[MASK]"]
+    argv = ["--model", model, "--infill", "--json", "--history", str(history), *prompts]
+    assert generate.main([*argv, "--suppress", "<|endoftext|>", "--suppress=97"]) == 0
+    first, second = (json.loads(line) for line in lines(capsys.readouterr().out))
+    assert (first["prompt"], second["prompt"]) == ("a [MASK*3]b<|mask|>c", "[MASK]")
+    opened = tokenizer.open_tokenizer(model)
+    a, blank, b, c = opened("a bc")["input_ids"]
+    ids = first["tokens"]
+    assert (ids[:2], ids[5], ids[7:]) == ([a, blank], b, [c]) and len(second["tokens"]) == 1
+    assert not {MASK, EOS, 97} & set(ids[2:5] + [ids[6]] + second["tokens"])
+    assert first["text"] == opened.decode(ids, skip_special_tokens=True)
+    assert first["text"].startswith("a ") and first["text"].endswith("c")
+    assert (first["stats"]["steps"], first["stats"]["forwards"]) == (4, 4)
+    assert (first["stats"]["tokens"], second["stats"]["tokens"]) == (4, 1)
+    assert first["stats"]["tokens_per_forward"] == 1
+    committed_at = json.loads(history.read_text())["committed_at"]
+    assert sorted(committed_at[0]) == [-1] * 4 + [0, 1, 2, 3] and committed_at[1] == [0]
+
+
+def test_a_threshold_that_stops_at_the_end(capsys):
+    """The embedded model is sure of most of its answer, and what follows the answer stays masks."""
+    argv = ["--threshold=0.9", "--stop-at-eos", "--block-length=16", "--json"]
+    assert generate.main(argv) == 0
+    out, err = capsys.readouterr()
+    (line,) = map(json.loads, lines(out))
+    assert arithmetic.extract_answer(line["text"]) == 7 * 4 - 5
+    stats, ids = line["stats"], line["tokens"]
+    assert stats["steps"] is None and len(ids) == 64
+    assert stats["forwards"] < stats["tokens"] < 64
+    committed = len(ids) - ids.count(1)  # the mask token
+    assert 1 in ids and stats["tokens_per_forward"] == round(committed / stats["forwards"], 3)
+    assert "mask" not in line["text"] and "masks left" not in err
+    assert f"{stats['tokens_per_forward']:.2f} tokens per forward" in err
+    assert "denoising steps" not in err
+
+
+def test_a_limit_leaves_masks_that_are_not_printed(capsys):
+    argv = ["--strategy=wino", "--strategy-args=wide_in_thres=0.99", "--max-forwards=1"]
+    assert generate.main([*argv, "--gen-length=32"]) == 0
+    out, err = capsys.readouterr()
+    assert "mask" not in out and "masks left: " in err and "1 model forwards" in err
+
+
+def test_klass_and_debias_reach_the_decoding(model, capsys, tmp_path):
+    shares = tmp_path / "shares.json"
+    shares.write_text(json.dumps({"num_token": 100, "p_baseline_dict": {"97": 50}}))
+    argv = ["--model", model, GEN, "Hi", "--seed=1", "--json", "--debias", str(shares)]
+    strategy = ["--strategy=klass", "--threshold=0.5", "--strategy-args=kl_history_length=1.0"]
+    made = []
+    init = Engine.__init__
+
+    def spy(self, *args, **kwargs):
+        made.append((args[1], kwargs["token_freq"]))
+        init(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "__init__", spy)
+        assert generate.main([*argv, *strategy, "--clip-alpha=5"]) == 0
+    ((decode, token_freq),) = made
+    assert MASK not in json.loads(capsys.readouterr().out)["tokens"]
+    assert (decode.strategy, decode.threshold, decode.clip_alpha) == ("klass", 0.5, 5)
+    assert (decode.kl_history_length, decode.kl_threshold) == (1, 0.01)
+    assert token_freq[97] == 0.5 and np.delete(token_freq, 97) == pytest.approx(0.01)
+
+
+def test_every_option_of_decoding_is_a_field(model):
+    fields = {field.name for field in dataclasses.fields(DecodeConfig)}
+    allowed = {name for names in job.STRATEGY_ARGS.values() for name in names}
+    assert {*job.PASSED, *allowed} <= fields and not allowed & set(job.PASSED)
+
+
 def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):
     whole, each = tmp_path / "whole.txt", tmp_path / "each.jsonl"
     whole.write_text("two\nlines\n")
@@ -168,6 +248,59 @@ def test_the_default_question_is_held_out():
 
 
 WRONG = {
+    "wide": (["--top-k=9999999999"], "'9999999999' is not a whole number below"),
+    "schedule": (["--schedule=odd"], "it must be one of even, timestep, fixed, capped"),
+    "schedule and steps": (["--schedule=fixed", "--steps=4"], "leave steps out"),
+    "rule and steps": (["--threshold=0.9", "--steps=4"], "set schedule='capped'"),
+    "rules": (["--threshold=0.9", "--factor=1"], "threshold and factor are both given"),
+    "transfer": (["--num-transfer-tokens=2"], "add --schedule fixed"),
+    "alg temp": (["--gamma=1", "--alg-temp=1"], "with gamma leave it out"),
+    "sigma": (["--sigma=0"], "sigma is 0.0; it must be above 0"),
+    "guidance": (["--cfg-scale=-1"], "cfg_scale is -1.0"),
+    "forwards": (["--max-forwards=0"], "max_forwards is 0"),
+    "strategy": (["--strategy=best"], "it must be one of klass, wino"),
+    "no such": (["--strategy=best", "--strategy-args=alg=1"], "it must be one of klass, wino"),
+    "klass": (["--strategy=klass"], "give one of these two"),
+    "wino and cache": (["--strategy=wino", "--cache=dual"], "so take the cache 'none'"),
+    "wino and infill": (["--strategy=wino", "--infill", "[MASK]"], "no meaning with infill"),
+    "no strategy": (["--strategy-args=kl_threshold=1"], "choose it with --strategy"),
+    "strategy argument": (
+        ["--strategy=wino", "--strategy-args=kl_threshold=1"],
+        "has no argument 'kl_threshold'; it takes wide_in_thres, narrow_out_thres.",
+    ),
+    "strategy text": (
+        ["--strategy=klass", "--factor=1", "--strategy-args=kl_threshold=low"],
+        "kl_threshold is 'low'; it must be a number",
+    ),
+    "strategy inf": (
+        ["--strategy=klass", "--factor=1", "--strategy-args=kl_history_length=Infinity"],
+        "kl_history_length is inf; it must be a number",
+    ),
+    "suppress": (["--suppress=no"], "--suppress: 'no' is 2 tokens, "),
+    "suppress mask": (["--suppress=<|mask|>"], "suppress has the mask token"),
+    "suppress id": (["--suppress=320"], "suppress has token id 320; it must lie in 0 to 319"),
+    "suppress nothing": (["--suppress="], "a token's text, or its id"),
+    "suppress surrogate": (["--suppress=\udcff"], "a token's text, or its id"),
+    "suppress no text": (
+        ["--model", str(CHECKPOINTS / "llada-tiny"), "--suppress=a", "--prompt-ids={tmp}/one.json"],
+        "give the token's id",
+    ),
+    "clip": (["--clip-alpha=3"], "it needs --debias"),
+    "debias": (
+        ["--debias={tmp}/flat.json"],
+        "2 shares; it must have one for each of the 320",
+    ),
+    "debias file": (["--debias={tmp}/none"], "{tmp}/none: No such file"),
+    "debias alg": (["--debias={tmp}/flat.json", "--alg=entropy"], "add --alg low_confidence or"),
+    "mask": (["a <|mask|> b"], "The prompt holds the mask token; have it filled with --infill"),
+    "one mask": (["a", "a <|mask|> b"], "Prompt 2 holds the mask token"),
+    "no mask": (["--infill", "[MASK]", "b", "--gen-length=0"], "Prompt 2 holds no mask"),
+    "no mask id": (["--infill", "--prompt-ids={tmp}/one.json", "--gen-length=0"], "put id 319"),
+    "masks": (["--infill", "[MASK*none]"], "'[MASK*none]' must say how many"),
+    "infill block": (["--infill", "[MASK]", "--gen-length=0", "--block-length=4"], "leave it out"),
+    "infill end": (["--infill", "[MASK]", "--gen-length=0", "--stop-at-eos"], "leave it out"),
+    "infill talk": (["--infill", "--interactive"], "--infill cannot go with it"),
+    "length alone": (["--gen-length=0", "--prompt-ids={tmp}/one.json"], "unless infill=True"),
     "steps": (["--steps=3", "--block-length=4"], "steps is 3"),
     "no steps": (["--steps=0"], "steps is 0"),
     "block": (["--block-length=3"], "block_length is 3"),
@@ -301,7 +434,7 @@ def test_a_conversation_without_template_and_end_of_input(model, capsys, monkeyp
 
     def run(_engine, rows, _key):
         asked.extend(rows)
-        return Result([Answer([1], [0], "yes", 1)], None, 1, 4.0, 0.0, 1.0)
+        return Result([Answer([1], [0], "yes", 1, 0)], None, 1, 4.0, 1.0, 0.0, 1.0)
 
     monkeypatch.setattr(Engine, "run", run)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\nHi"))
@@ -319,6 +452,8 @@ def test_watching_changes_nothing(engine):
     assert [answer.ids for answer in watched.answers] == [answer.ids for answer in plain.answers]
     assert watched.answers == plain.answers
     assert watched.frames == plain.frames == [snapshot.ids for snapshot in snapshots]
+    assert watched.tokens_per_forward == plain.tokens_per_forward == 1
+    assert [snapshot.pending for snapshot in snapshots] == [[7 - i] * 2 for i in range(8)]
     assert [snapshot.step for snapshot in snapshots] == list(range(plain.nfe))
     assert all(len(row) == 8 for row in snapshots[-1].confidence)
 
@@ -331,6 +466,16 @@ def test_a_program_is_compiled_once_and_the_key_decides(engine):
     assert again.answers == first.answers
     assert max(again.compile_seconds, longer.compile_seconds) < 0.1
     assert engine.run(rows, jax.random.key(1)).answers != first.answers
+
+
+def test_nothing_to_fill_is_no_error(engine):
+    decode = DecodeConfig.for_model(engine.checkpoint.config, gen_length=0, infill=True)
+    idle = Engine(engine.checkpoint, decode, cache.make("none"), history=True)
+    for draw in (None, print):
+        result = idle.run([[1, 2, 3], [4]], jax.random.key(0), draw)
+        assert [answer.ids for answer in result.answers] == [[1, 2, 3], [4]]
+        assert result.nfe <= 1 and result.frames == [[[1, 2, 3], [4]]] * result.nfe
+        assert result.tokens == result.tokens_per_forward == 0
 
 
 def test_padding_gives_way_to_a_full_context(engine):
@@ -353,11 +498,21 @@ def test_the_drawing_shows_masks_then_text(engine, monkeypatch):
         for step, token in enumerate([*hello, EOS]):
             ids[step] = token
             at = [position if position <= step else -1 for position in range(6)]
-            canvas.draw(Snapshot(step, [list(ids)], [at], [[0.5] * 6]))
+            canvas.draw(Snapshot(step, [list(ids)], [at], [[0.5] * 6], [5 - step]))
             drawn = console.file.getvalue()  # type: ignore[attr-defined]
             if step == 1:
                 assert "He" in drawn and live.MASK * 4 in drawn and "4 masks left" in drawn
     assert "Hello \N{MIDDLE DOT}" in drawn and "Why?" in drawn and "0 masks left" in drawn
+
+
+def test_masks_that_are_not_to_be_filled_are_drawn_as_the_end(engine, monkeypatch):
+    monkeypatch.setattr(live, "SLOWEST", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, color_system=None)
+    ids = [*engine.checkpoint.tokenizer("Yo")["input_ids"], EOS, MASK, MASK]
+    with live.Canvas(console, ["Why?"], [[1]], engine.checkpoint) as canvas:
+        canvas.draw(Snapshot(0, [ids], [[0, 0, 0, -1, -1]], [[0.5] * 5], [0]))
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Yo " + live.END * 3 in drawn and "0 masks left" in drawn and live.MASK not in drawn
 
 
 def test_negative_entropies_become_colours():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -248,3 +249,60 @@ def test_opening_says_nothing_and_leaves_the_environment_alone(two_files):
         env={k: v for k, v in os.environ.items() if not k.startswith("TRANSFORMERS")},
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_masks_are_written_with_the_tokenizers_own_text(tok):
+    mask = tok.convert_tokens_to_ids("<|mask|>")
+    text = tk.write_masks(tok, "hello [MASK][MASK*2] <|mask|> [mask]", mask, limit=4)
+    assert text == "hello <|mask|><|mask|><|mask|> <|mask|> [mask]"
+    assert tk.encode(tok, [text], chat=False)[0].count(mask) == 4
+    for wrong in ("[MASK*0]", "[MASK*5]", "[MASK*]", "[MASK*-1]", "[MASK*two]", "[MASK*9e9]"):
+        with pytest.raises(
+            ValueError, match=f"{re.escape(repr(wrong))} must say how many .* 1 to 4"
+        ):
+            tk.write_masks(tok, f"hello {wrong}", mask, limit=4)
+    with pytest.raises(ValueError, match="no text for the mask token, 5000; give the prompts as"):
+        tk.write_masks(tok, "[MASK]", 5000, limit=4)
+
+
+def test_a_token_is_a_text_or_an_id(tok):
+    assert tk.token_id(tok, "<|endoftext|>") == tok.eos_token_id
+    assert tk.token_id(tok, " hello") == tok.convert_tokens_to_ids("Ġhello")
+    assert tk.token_id(tok, "12") == tk.token_id(None, "12") == 12
+    with pytest.raises(ValueError, match=r"'hello hello' is 2 tokens, .* exactly one"):
+        tk.token_id(tok, "hello hello")
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        tk.token_id(None, "hello")
+
+
+def test_frequencies_of_a_corpus(tmp_path):
+    file = tmp_path / "counts.json"
+    file.write_text(json.dumps({"num_token": 8, "p_baseline_dict": {"2": 4, "0": 0}}))
+    shares = tk.frequencies(file, 4)
+    assert shares.dtype == np.float32 and shares.tolist() == [0, 0.125, 0.5, 0.125]
+    file.write_text("[0.5, 0.25, 0, 0.25]")
+    assert tk.frequencies(str(file), 4).tolist() == [0.5, 0.25, 0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ("{", "is not JSON"),
+        ("3", "must hold a list of shares, or an object"),
+        ('{"num_token": 4}', "must hold a list of shares, or an object"),
+        ('{"num_token": 0, "p_baseline_dict": {}}', "must hold a list of shares, or an object"),
+        ('{"num_token": "4", "p_baseline_dict": {}}', "must hold a list of shares, or an object"),
+        ('{"num_token": 4, "p_baseline_dict": {"4": 1}}', "token '4'; ids must lie in 0 to 3"),
+        ('{"num_token": 4, "p_baseline_dict": {"a": 1}}', "token 'a'; ids must lie in 0 to 3"),
+        ('{"num_token": 4, "p_baseline_dict": {"1": 5}}', "has 5 for token 1; .* from 0 to 4"),
+        ('{"num_token": 4, "p_baseline_dict": {"1": null}}', "has None for token 1"),
+        ("[0.5, 0.5]", "lists 2 shares; it must have one for each of the 4 tokens"),
+        ("[0.5, 0.5, 0, -1]", "has -1 for token 3; it must be a number from 0 to 1"),
+        ("[0.5, 0.5, 0, NaN]", "has nan for token 3"),
+    ],
+)
+def test_frequencies_that_are_none(tmp_path, content, wanted):
+    file = tmp_path / "counts.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=wanted):
+        tk.frequencies(file, 4)
