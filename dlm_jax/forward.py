@@ -60,7 +60,8 @@ def forward(setup: Setup, state: DecodeState, rows: Row, variant: Variant) -> Se
     hidden_BQD, cache, acc = walked
     logits = readout(model, setup.params, hidden_BQD, query, wanted_BW)
     if setup.numbers.cfg_scale is not None:
-        logits = guidance.combine(*jnp.split(logits, 2), setup.numbers.cfg_scale)
+        conditional, unconditional = jnp.split(logits, 2)
+        logits = guidance.combine(conditional, unconditional, setup.numbers.cfg_scale)
         acc = guidance.without_copy(acc)
     return Seen(slot_BW, logits, read_BL, cache, acc)
 

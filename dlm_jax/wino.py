@@ -5,6 +5,8 @@ token at its own position, so that its output says what the model would put ther
 committed token that this makes too improbable becomes a mask again.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib

@@ -15,18 +15,28 @@ LOGITS = np.log(
 )
 
 
-def sample(alg, logits=LOGITS, *, banned=None, temperature=None, top_p=None, top_k=None, seed=0):
+def sampled(alg, logits=LOGITS, *, banned=None, seed=0, debias=None, **numbers):
+    """What `sampler.sample` makes of one row; numbers that are not given are None."""
     logits = jnp.asarray(logits, jnp.float32)[None]
-    token, _, confidence = sampler.sample(
+    dtypes = dict(top_k=jnp.int32)
+    return sampler.sample(
         logits,
         jax.random.split(jax.random.key(seed), logits.shape[:2]),
         alg=alg,
         banned=banned,
-        temperature=None if temperature is None else jnp.float32(temperature),
-        top_p=None if top_p is None else jnp.float32(top_p),
-        top_k=None if top_k is None else jnp.int32(top_k),
+        debias=debias,
+        **{
+            name: jnp.asarray(value, dtypes.get(name, jnp.float32))
+            for name, value in numbers.items()
+            if value is not None
+        },
     )
-    return np.asarray(token[0]), np.asarray(confidence[0])
+
+
+def sample(*arguments, **keywords):
+    """Candidates and confidences of one row."""
+    out = sampled(*arguments, **keywords)
+    return np.asarray(out.token[0]), np.asarray(out.confidence[0])
 
 
 def test_confidences_of_the_unfiltered_softmax():
@@ -67,19 +77,11 @@ def test_a_banned_token_is_no_candidate_but_keeps_its_share():
 def test_sure_tokens_are_ranked_where_float32_probabilities_are_all_one():
     logits = np.zeros((3, 1000), np.float32)
     logits[:, 5] = [25.0, 27.0, 26.0]
-    _, score, confidence = sampler.sample(
-        jnp.asarray(logits)[None],
-        jax.random.split(jax.random.key(0), (1, 3)),
-        alg="low_confidence",
-        banned=None,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
+    _, (score,), (confidence,), _ = sampled("low_confidence", logits)
     assert (confidence == 1).all()
-    assert np.argsort(score[0]).tolist() == [0, 2, 1]
+    assert np.argsort(score).tolist() == [0, 2, 1]
     exact = -np.log1p(999 * np.exp(-logits[:, 5].astype(np.float64)))
-    np.testing.assert_allclose(score[0], exact, rtol=1e-5)
+    np.testing.assert_allclose(score, exact, rtol=1e-5)
 
 
 def test_a_traced_temperature_of_zero_takes_the_best_token():
@@ -138,3 +140,55 @@ def test_filters_keep_what_their_definition_keeps(values, top_p, top_k):
 def test_a_surer_distribution_has_a_higher_confidence(alg):
     _, (flat, sharp) = sample(alg, np.stack([0.5 * LOGITS[0], 3 * LOGITS[0]]))
     assert sharp > flat
+
+
+@pytest.mark.parametrize("alg", sorted(sampler.ALGORITHMS))
+def test_report_and_level_translate_between_scores_and_confidences(alg):
+    measure = sampler.ALGORITHMS[alg]
+    out = sampled(alg, temperature=0.7, top_k=4)
+    np.testing.assert_allclose(measure.report(out.score), out.confidence, rtol=1e-6)
+    np.testing.assert_allclose(measure.level(out.confidence), out.score, rtol=1e-5)
+
+
+def test_every_confidence_reaches_a_level_of_zero_and_none_reaches_more_than_one():
+    measure = sampler.ALGORITHMS["low_confidence"]
+    scores = sampled("low_confidence", 1000.0 * LOGITS - [[0], [5000]]).score
+    for confidence, reached in ((-1.0, True), (0.0, True), (1.0001, False)):
+        assert (scores >= measure.level(jnp.float32(confidence))).all() == reached
+
+
+def test_the_tempered_distribution_is_told():
+    for out, expected in (
+        (sampled("low_confidence"), np.exp(LOGITS)),
+        (sampled("low_confidence", temperature=0.5), np.exp(2 * LOGITS)),
+        (sampled("low_confidence", top_k=2), np.exp(LOGITS) * (np.exp(LOGITS) >= [[0.3], [0.11]])),
+        (sampled("low_confidence", banned=6), np.exp(LOGITS)),
+    ):
+        expected = expected / expected.sum(-1, keepdims=True)
+        np.testing.assert_allclose(np.exp(out.tempered[0]), expected, rtol=1e-4)
+
+
+def test_debias_makes_common_tokens_less_sure():
+    frequency = np.full(VOCAB, 0.01)
+    frequency[6] = 0.5
+    for alg in ("low_confidence", "maskgit_plus"):
+        for clip, expected in ((10.0, [1.84207, 0.48520]), (1.5, [1.5, 0.48520])):
+            debias = sampler.Debias(jnp.asarray(frequency, jnp.float32), jnp.float32(clip))
+            out = sampled(alg, debias=debias)
+            assert out.token.tolist() == [[1, 6]]
+            np.testing.assert_allclose(out.confidence[0], expected, rtol=1e-4)
+            np.testing.assert_array_equal(out.score, out.confidence)
+
+
+def test_debias_of_tokens_that_never_occur_is_finite():
+    debias = sampler.Debias(jnp.zeros(3, jnp.float32), jnp.float32(100.0))
+    told = debias.calibrate(jnp.asarray([[1.0, 0.5]]), jnp.asarray([[0, 2]]))
+    np.testing.assert_allclose(told, [[23.02585, 11.51293]], rtol=1e-5)  # -log(1e-10)
+
+
+def test_entropy_of_distributions():
+    rows = np.array([[0.5, 0.5, 0, 0], [0.25] * 4, [1, 0, 0, 0], [0.7, 0.1, 0.1, 0.1]])
+    with np.errstate(divide="ignore"):
+        log_p = jnp.asarray(np.log(rows), jnp.float32)
+    expected = [np.log(2), np.log(4), 0.0, -0.7 * np.log(0.7) - 0.3 * np.log(0.1)]
+    np.testing.assert_allclose(sampler.entropy(log_p), expected, atol=1e-6)
