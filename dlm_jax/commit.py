@@ -125,7 +125,7 @@ def _scores(setup: Setup, state: DecodeState, rows: Row, seen: Seen, sampled: Sa
     level = setup.decode.measure.level
     if setup.debias is not None:
         level = _same
-    if numbers.sigma is not None:
+    if numbers.sigma is not None and geo.gen:
         # The density is defined for the generated part; the prompt is certain.
         density_BG = jax.vmap(certainty_density, (0, None))(
             ~rows.masked_L[:, geo.prompt :], numbers.sigma

@@ -31,7 +31,8 @@ class Draws(NamedTuple):
     """[B, L] for the algorithm `random`: the lower, the earlier a position is filled. [T, B, L]: a
     new order in every forward."""
     transfer: ArrayOrNumpy | None = None
-    """[T, B, L] bool for the algorithm `origin` and for `alg_temp`: what each forward fills."""
+    """[T, B, L] bool for the algorithm `origin` and for `alg_temp`: what each forward fills. What
+    none of the schedule's steps fills stays a mask."""
 
 
 def _static() -> Any:
