@@ -15,13 +15,22 @@ from dlm_jax.cache.base import KV, kv_layer
 
 CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
 REPRESENTATIVE = {
+    "d2cache-dream-g32-b32-p0.1-k8-w0-cp10-bs2-pad-row0-mended",
     "d2cache-dream-g48-b16-p0.1-k8-w4-bs1-mended",
     "d2cache-llada-g32-b32-p0.1-k8-w0-bs1-mended",
+    "d2fw-cp-sigma10-dream-g32-b16-threshold0.25-bs2",
+    "d2fw-debias-dream-g32-b16-clip10-bs1",
     "d2fw-dual-dream-g24-b24-entropy-bs1",
+    "d2fw-eb-gamma4-llada-g32-b32-bs2-mended",
+    "d2fw-eos-dual-dream-g32-b8-bs2-mended",
+    "d2fw-eos-llada-g32-b32-cp10-bs2",
+    "d2fw-factor4.0-dream-g32-b16-bs2-mended",
+    "d2fw-klass-dream-g32-b32-t0.15-kl0.2-h1-bs2-mended",
     "d2fw-maskpred-llada-g32-b8-n4-bs1",
     "d2fw-prefix-dream-g24-b8-bs3-pad",
     "d2fw-vanilla-dream-g24-b8-n1-bs3-pad",
     "d2fw-vanilla-llada-g32-b16-topk5-entropy-bs1",
+    "d2fw-wino-llada-g32-b16-w0.12-n0.3-cp10-bs2-pad-mended",
     "dllm-dream-g24-b12-kp8-kr2-rou0.25-bs2-pad",
     "dllmorig-llada-g24-b8-steps12-kp4-kr2-rou0.5-bs2",
     "dream-dkv-decode-unright-c4-entropy-pad-s24",
@@ -29,11 +38,16 @@ REPRESENTATIVE = {
     "dream-dkv-prefill-entropy-pad-s20-bs3",
     "dream-loglik-ar-ftb",
     "dream-loglik-mc-ftb-bs4",
+    "dream-plain-entropy-algtemp0.3-s16-mended",
     "dream-plain-entropy-topp0.9-topk10-s20-bs2",
     "dream-plain-infill-entropy-s16",
     "dream-plain-margin-pad-s16-bs2",
+    "dream-plain-origin-s16-bs2",
     "fastdllm-dream-dual-entropy-g48b16s15",
+    "fastdllm-dream-dual-pad-bs2-thr030-g32b8-mended",
+    "fastdllm-dream-nocache-thr040-g48s12",
     "fastdllm-dream-prefix-margin-g32b16s16-mended",
+    "fastdllm-llada-dual-bs2-thr035-g32b16-mended",
     "fastdllm-llada-dual-fixed-g48b16s15",
     "fastdllm-llada-plain-fixed-manysteps-g16b8s24",
     "fastdllm-llada-prefix-fixed-oneblock-g32b32s13",
@@ -42,7 +56,9 @@ REPRESENTATIVE = {
     "llada-loglik-mc16-bs4",
     "llada-loglik-mc8-bs8-cfg0.5",
     "llada-plain-b8-s24-oversteps",
+    "llada-plain-cfg1.5-b16-s32",
     "llada-plain-maskpred-b12-s24",
+    "llada-plain-random-b16-s16-bs2",
 }
 
 
@@ -191,7 +207,7 @@ class TestReplayRejects:
         self.check(case, "argument 'eps'")
 
     def test_unknown_settings_are_unsupported_not_ignored(self, case):
-        for name, value in (("alg_temp", 0.5), ("mask_token_id", 5), ("cfg_scale", 2.0)):
+        for name, value in (("num_return_sequences", 2), ("mask_token_id", 5), ("cfg_scale", 2.0)):
             changed = case | dict(args=case["args"] | {name: value})
             assert replay.replay(changed, CHECKPOINTS) == ("unsupported", f"{name}={value}")
         case["source"]["entry"] = "elsewhere.generate"
@@ -209,7 +225,8 @@ class TestReplayRejects:
             ),
             ("dream-dkv-decode-un-c1-entropy-s16", "shift_type", "right", "shift_type=right"),
             ("dream-dkv-decode-un-c1-entropy-s16", "cache_type", "pd", "cache_type=pd"),
-            ("fastdllm-llada-dual-fixed-g48b16s15", "threshold", 0.5, "threshold=0.5"),
+            ("fastdllm-llada-dual-fixed-g48b16s15", "remasking", "random", "remasking=random"),
+            ("d2fw-dual-dream-g24-b24-entropy-bs1", "strategy", "other", "strategy=other"),
             ("fastdllm-dream-prefix-entropy-g48b16s15", "steps", 3, "steps=3: with one step"),
         ],
     )
@@ -243,10 +260,10 @@ def test_replay_command(tmp_path, capsys):
         "1 passed, 0 failed, 0 unsupported",
     ]
 
-    good["args"]["alg"] = "origin"
+    good["args"]["alg"] = "other"
     (tmp_path / "unsupported.json").write_text(json.dumps(good))
     assert replay.main(arguments) == 1
-    assert "unsupported: unsupported: alg=origin" in capsys.readouterr().out
+    assert "unsupported: unsupported: alg=other" in capsys.readouterr().out
 
     (tmp_path / "broken.json").write_text("{")
     assert replay.main(arguments) == 2

@@ -136,7 +136,7 @@ class TestDecodeConfig:
             (dict(schedule="linear"), "must be one of even, timestep, fixed"),
             (dict(schedule="fixed", steps=4), "leave steps out"),
             (dict(schedule="fixed", num_transfer_tokens=0), "num_transfer_tokens is 0"),
-            (dict(alg="origin"), "alg is 'origin'"),
+            (dict(alg="other"), "alg is 'other'"),
             (dict(temperature=-0.1), "temperature is -0.1"),
             (dict(top_p=0.0), "top_p is 0.0"),
             (dict(top_p=1.1), "top_p is 1.1"),
@@ -162,10 +162,13 @@ class TestDecodeConfig:
 
     def test_numbers_are_split_off(self):
         static, numbers = DecodeConfig(temperature=0.5, top_k=3).split()
-        assert static == DecodeConfig() and numbers.top_p is None
+        assert static == DecodeConfig(temperature=0.7, top_k=9).split()[0] and numbers.top_p is None
         assert (float(numbers.temperature), int(numbers.top_k)) == (0.5, 3)
-        assert set(DecodeConfig().split()[1]) == {None}
-        assert set(DecodeConfig(temperature=jnp.float32(0), top_p=1.0).split()[1]) == {None}
+        for config in (DecodeConfig(), DecodeConfig(temperature=jnp.float32(0), top_p=1.0)):
+            static, numbers = config.split()
+            assert static == DecodeConfig() and set(numbers._replace(clip_alpha=None)) == {None}
+        rule = DecodeConfig(threshold=0.5, sigma=2.0).split()[0]
+        assert rule == DecodeConfig(threshold=0.9, sigma=3.0).split()[0] and rule.parallel
 
 
 class TestModelConfigs:
