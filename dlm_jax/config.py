@@ -404,7 +404,7 @@ def _concrete(value: Any) -> bool:
 
 def _positive(value: Any) -> bool:
     """Whether a number that 0 switches off is on; a traced one is."""
-    return value is not None and (isinstance(value, Tracer) or value > 0)
+    return value is not None and (isinstance(value, Tracer) or bool(value > 0))
 
 
 def _whole(name: str, value: Any) -> None:
