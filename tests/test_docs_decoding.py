@@ -22,7 +22,7 @@ from dlm_jax.schedule import SCHEDULES
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "decoding.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S)
+BLOCKS = re.findall(r"^(?!<!-- not run)[^\n]*\n```(\w+)\n(.*?)```", PAGE, re.S | re.M)
 TEXT = re.sub(r"```.*?```", "", PAGE, flags=re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
 
