@@ -1,7 +1,6 @@
 """Arguments of a generation: checked, and split into what is traced and what is static."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +10,8 @@ from jax.core import Tracer
 from dlm_jax.cache.base import CacheMethod
 from dlm_jax.config import DecodeConfig, Numbers
 from dlm_jax.models.base import Transformer
-from dlm_jax.state import Draws, LogitsProcessor
+from dlm_jax.state import Draws, LogitsProcessor, static
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params
-
-
-def _static() -> Any:
-    return dataclasses.field(metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +19,10 @@ def _static() -> Any:
 class Call:
     """What `diffusion_generate` was asked for, as one pytree."""
 
-    model: Transformer = _static()
-    decode: DecodeConfig = _static()
-    method: CacheMethod = _static()
-    logits_processor: LogitsProcessor | None = _static()
+    model: Transformer = static()
+    decode: DecodeConfig = static()
+    method: CacheMethod = static()
+    logits_processor: LogitsProcessor | None = static()
     params: Params
     prompt_BP: Int[Array, "B P"]
     mask_BP: Bool[Array, "B P"]
@@ -56,6 +51,7 @@ def prepare(
       ValueError: one sentence.
     """
     config = model.config
+    given_BP = prompt_BP  # sharded, perhaps; what is checked is a copy
     if not isinstance(prompt_BP, Tracer):
         prompt_BP = np.asarray(prompt_BP)
     if jnp.ndim(prompt_BP) != 2:
@@ -79,16 +75,20 @@ def prepare(
     cache.check(config, decode)
     geo = decode.geometry(prompt=prompt, shift=config.shift)
     _check_draws(draws, (batch, geo.length), decode)
-    if token_freq is not None and not decode.measure.is_probability:
+    if token_freq is not None and not (decode.measure.is_probability and decode.measure.ranks):
         raise ValueError(
-            f"token_freq debiases probabilities, and the confidence of alg {decode.alg!r} is none; "
-            "take 'low_confidence' or 'maskgit_plus'."
+            f"token_freq debiases probabilities that rank positions, which alg {decode.alg!r} does "
+            "not go by; take 'low_confidence' or 'maskgit_plus'."
         )
     if token_freq is not None and jnp.shape(token_freq) != (config.vocab_size,):
         raise ValueError(
             f"token_freq has shape {jnp.shape(token_freq)}; it must hold a number for each of the "
             f"{config.vocab_size} tokens."
         )
+    if token_freq is not None and not isinstance(token_freq, Tracer):
+        share_V = np.asarray(token_freq)
+        if not ((share_V >= 0) & (share_V <= 1)).all():
+            raise ValueError("token_freq holds numbers outside [0, 1]; it must hold shares.")
     if geo.length > config.max_length:
         raise ValueError(
             f"Prompt and answer have {prompt} + {geo.gen} tokens; the model's context ends at "
@@ -121,7 +121,7 @@ def prepare(
         method=cache,
         logits_processor=logits_processor,
         params=params,
-        prompt_BP=jnp.asarray(prompt_BP, jnp.int32),
+        prompt_BP=jnp.asarray(given_BP, jnp.int32),
         mask_BP=jnp.asarray(prompt_mask_BP, bool),
         key=key,
         numbers=numbers,

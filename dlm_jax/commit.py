@@ -35,6 +35,7 @@ class Scores(NamedTuple):
 def commit(
     setup: Setup,
     state: DecodeState,
+    stability: klass.Stability | None,
     rows: Row,
     most_B: Int[Array, " B"],
     seen: Seen,
@@ -44,7 +45,8 @@ def commit(
 
     Args:
       setup: constants.
-      state: the state before the step, with the stability of this one.
+      state: the state before the step.
+      stability: how settled the predictions of this step are, for the strategy `klass`.
       rows: what each row may fill, and at least how much.
       most_B: at most how much, where a rule decides.
       seen: what was read.
@@ -67,12 +69,12 @@ def commit(
     if not setup.decode.parallel:
         return top(scores.score_BL, candidate_BL, rows.quota)
     kl_threshold = setup.numbers.kl_threshold
-    if state.stability is None or kl_threshold is None:
+    if stability is None or kl_threshold is None:
         count_B = _count(setup, scores, candidate_BL, seen, sampled)
         if setup.decode.strategy == "wino":
             most_B = wino.most(jnp.sum(seen.read_BL, axis=-1, dtype=jnp.int32), rows.quota)
         return top(scores.score_BL, candidate_BL, jnp.clip(count_B, rows.quota, most_B))
-    settled_BL = candidate_BL & klass.settled(state.stability, kl_threshold, setup.geo.length)
+    settled_BL = candidate_BL & klass.settled(stability, kl_threshold, setup.geo.length)
     count_B = _count(setup, scores, settled_BL, seen, sampled)
     found_B = count_B > 0
     return top(
@@ -83,6 +85,7 @@ def commit(
 
 
 def revoke(
+    setup: Setup,
     state: DecodeState,
     rows: Row,
     commit_BL: Bool[Array, "B L"],
@@ -93,6 +96,7 @@ def revoke(
     """Which tokens of each row's block become masks again (WINO).
 
     Args:
+      setup: constants.
       state: the state before the step.
       rows: at least how much each row is to gain.
       commit_BL: what the step commits.
@@ -101,9 +105,10 @@ def revoke(
       narrow_out_thres: what a token's probability must not be below.
     """
     token_BW = queries.gather(state.tokens_BL, seen.slot_BW)
-    log_p_BW = jnp.take_along_axis(sampled.tempered, token_BW[..., None], axis=-1)[..., 0]
     certain_BL = jnp.ones(commit_BL.shape, jnp.float32)
-    probability_BL = queries.scatter(certain_BL, jnp.exp(log_p_BW), seen.slot_BW)
+    probability_BL = queries.scatter(
+        certain_BL, sampled.confidence_in(token_BW, setup.decode.alg), seen.slot_BW
+    )
     inside_BL = queries.scatter(
         jnp.zeros_like(commit_BL), jnp.ones(seen.slot_BW.shape, bool), seen.slot_BW
     )

@@ -1,25 +1,17 @@
 """`DecodeConfig`: everything a user chooses about decoding, validated when it is made."""
 
 import dataclasses
-import math
-import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from dlm_jax import models
+from dlm_jax import models, refusals
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
+from dlm_jax.refusals import concrete, positive
 from dlm_jax.sampler import ALGORITHMS, Measure
 from dlm_jax.schedule import SCHEDULES, Schedule
 from dlm_jax.typing import Array, Float, Int
-
-RULES = ("threshold", "factor", "gamma")
-"""Fields that let confidence decide how many tokens a step commits."""
-STRATEGIES = ("klass", "wino")
-"""Ways to decode that look beyond one step's confidences; each is a module of that name."""
 
 Number = Float[Array, ""] | None
 
@@ -63,10 +55,11 @@ class DecodeConfig:
       block_length: generated tokens per semi-autoregressive block, filled from left to right; None
         makes one block of everything.
       steps: denoising steps (model forwards) over the whole generation, split evenly over the
-        blocks; None means one token per step. Unused by the schedule `fixed`.
+        blocks; None means one per generated token. Unused by the schedule `fixed`.
       schedule: how many tokens each step commits, a key of `schedule.SCHEDULES`; None takes the one
-        that `alg` or a rule needs, or else `even`.
-      num_transfer_tokens: tokens per step of the schedule `fixed`; with a rule, the least.
+        that `alg` or a rule needs, `fixed` for infilling without `steps`, or else `even`.
+      num_transfer_tokens: tokens per step of the schedule `fixed`; with a rule, the least (with
+        `klass`, only where nothing that has settled is sure).
       eps: last time of the schedule `timestep`.
       alg: what a confidence is, a key of `sampler.ALGORITHMS`; or `random` (an order drawn in
         advance), or Dream's `origin` (every mask by itself, as probable as the timestep says).
@@ -150,134 +143,27 @@ class DecodeConfig:
     lockstep: bool | None = None
 
     def __post_init__(self) -> None:
-        _one_of("alg", self.alg, ALGORITHMS)
-        if self.schedule is not None:
-            _one_of("schedule", self.schedule, SCHEDULES)
-        if self.strategy is not None:
-            _one_of("strategy", self.strategy, STRATEGIES)
-        self._check_numbers()
-        self._check_rule()
-        if self.strategy is not None:
-            self._check_strategy()
-        if self.pace == "fixed" and self.steps is not None:
-            if self.schedule is None:
-                raise ValueError(
-                    f"steps is {self.steps}, but {self._decider} decides how many tokens a step "
-                    "commits; leave steps out, or set schedule='capped' to make them the fewest."
-                )
-            raise ValueError(
-                f"steps is {self.steps}, but the schedule 'fixed' counts tokens; leave steps out "
-                "and set num_transfer_tokens."
-            )
-        if self.stop_until_eos and not self.leave_early:
-            raise ValueError(
-                "stop_until_eos ends a row early, but leave_early is False; set it to True."
-            )
-        if self.gen_length == 0 and not self.infill:
-            raise ValueError(
-                "gen_length is 0; it must be at least 1 unless infill=True has the masks of the "
-                "prompt filled."
-            )
+        if isinstance(self.suppress, list):
+            object.__setattr__(self, "suppress", tuple(self.suppress))
+        refusals.check(self)
         self.geometry(prompt=1, shift=0)
-
-    def _check_numbers(self) -> None:
-        """Refuses numbers that are out of range; traced ones are taken as they are."""
-        _whole("num_transfer_tokens", self.num_transfer_tokens)
-        _whole("kl_history_length", self.kl_history_length)
-        _whole("max_forwards", self.max_forwards)
-        _whole("top_k", self.top_k)
-        if not 0.0 < self.eps < 1.0:
-            raise ValueError(f"eps is {self.eps}; it must lie between 0 and 1.")
-        if _concrete(self.top_p) and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1].")
-        for name in ("temperature", "alg_temp", "gamma", "cfg_scale"):
-            value = getattr(self, name)
-            if _concrete(value) and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be 0 or above.")
-        for name in ("factor", "sigma", "clip_alpha", "kl_threshold"):
-            value = getattr(self, name)
-            if _concrete(value) and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
-        for name in ("threshold", "wide_in_thres", "narrow_out_thres"):
-            value = getattr(self, name)
-            if _concrete(value) and not math.isfinite(value):
-                raise ValueError(f"{name} is {value}; it must be a confidence.")
-
-    def _check_rule(self) -> None:
-        """Refuses what cannot decide together how many tokens a step commits, and which."""
-        given = [name for name in RULES if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(
-                f"{' and '.join(given)} are both given; one of them decides how many tokens a step "
-                "commits."
-            )
-        wanted = self._wanted_schedules
-        if self.schedule == "capped" and not self.parallel:
-            raise ValueError(
-                f"schedule is 'capped', which limits a rule; give one of {', '.join(RULES)}."
-            )
-        if self.schedule is not None and self.schedule not in wanted:
-            raise ValueError(
-                f"schedule is {self.schedule!r}; with {self._decider} it must be "
-                f"{' or '.join(map(repr, wanted))}, or left out."
-            )
-        if not self.measure.ranks:
-            ranked = [*given, *(("sigma",) if self.sigma is not None else ())]
-            ranked += ["alg_temp"] if self.draws_positions else []
-            ranked += [self.strategy] if self.strategy is not None else []
-            if ranked:
-                raise ValueError(
-                    f"alg is {self.alg!r}, which ignores confidence; with {ranked[0]} it must be "
-                    f"one of {', '.join(name for name, m in ALGORITHMS.items() if m.ranks)}."
-                )
-        if self.draws_positions and self.parallel:
-            raise ValueError(
-                f"alg_temp is {self.alg_temp}, which draws the positions of a step; with "
-                f"{self._decider} leave it out."
-            )
-        if self.alg == "entropy" and _concrete(self.threshold) and self.threshold > 0:
-            raise ValueError(
-                f"threshold is {self.threshold}, but confidences of alg 'entropy' are never above "
-                "0; take alg 'maskgit_plus' or 'topk_margin'."
-            )
-
-    def _check_strategy(self) -> None:
-        """Refuses what has no meaning together with the strategy."""
-        given = [name for name in RULES if getattr(self, name) is not None]
-        if self.strategy == "klass" and given not in (["threshold"], ["factor"]):
-            raise ValueError(
-                "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
-                "one of these two."
-            )
-        if self.strategy == "wino":
-            other = [*given, *(["cfg_scale"] if self.guided else [])]
-            other += ["infill"] if self.infill else []
-            if other:
-                raise ValueError(
-                    f"strategy is 'wino', which has no meaning with {other[0]}; leave that out."
-                )
-            if not self.measure.is_probability:
-                raise ValueError(
-                    f"alg is {self.alg!r}; the strategy 'wino' compares probabilities, so it must "
-                    "be 'low_confidence' or 'maskgit_plus'."
-                )
 
     @classmethod
     def for_model(cls, config: Config, **overrides: Any) -> "DecodeConfig":
         """The model family's defaults where an argument is not given or None.
 
         A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
-        if there is none, everything is one block. A rule or strategy without an `alg` looks at
-        probabilities, whatever the family's own measure.
+        if there is none, everything is one block. A rule, a strategy or `sigma` without an `alg`
+        looks at probabilities, whatever the family's own measure.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         family = dict(models.FAMILIES[config.family].DECODE)
-        if any(name in given for name in (*RULES, "strategy")):
+        ruled = any(name in given for name in (*refusals.RULES, "strategy"))
+        if (ruled or "sigma" in given) and not ALGORITHMS[family["alg"]].is_probability:
+            family["alg"] = "maskgit_plus"
+        thinned = given.get("alg") in ALGORITHMS and ALGORITHMS[given["alg"]].thinned
+        if ruled or thinned or (given.get("infill") and "steps" not in given):
             del family["schedule"]
-            if not ALGORITHMS[family["alg"]].is_probability:
-                family["alg"] = "maskgit_plus"
-        if given.get("alg") in ALGORITHMS and ALGORITHMS[given["alg"]].thinned:
-            family.pop("schedule", None)
         chosen = family | given
         gen_length = chosen.get("gen_length", cls.gen_length)
         if "block_length" not in given and chosen["block_length"] is not None:
@@ -294,25 +180,26 @@ class DecodeConfig:
     @property
     def parallel(self) -> bool:
         """Whether data decide how many tokens a step commits."""
-        return self.strategy is not None or any(getattr(self, n) is not None for n in RULES)
+        rules = (getattr(self, name) for name in refusals.RULES)
+        return self.strategy is not None or any(rule is not None for rule in rules)
 
     @property
     def guided(self) -> bool:
         """Whether every forward has a second, unconditional copy of each row."""
-        return _positive(self.cfg_scale)
+        return positive(self.cfg_scale)
 
     @property
     def draws_positions(self) -> bool:
         """Whether `alg_temp` is on."""
-        return _positive(self.alg_temp)
+        return positive(self.alg_temp)
 
     @property
     def pace(self) -> str:
         """The schedule, a key of `schedule.SCHEDULES`."""
-        return self._wanted_schedules[0] if self.schedule is None else self.schedule
+        return self.schedules[0] if self.schedule is None else self.schedule
 
     @property
-    def _wanted_schedules(self) -> tuple[str, ...]:
+    def schedules(self) -> tuple[str, ...]:
         """The schedules that fit, the usual one first."""
         if self.strategy is not None:
             return ("fixed",)
@@ -320,15 +207,9 @@ class DecodeConfig:
             return ("fixed", "capped")
         if self.measure.thinned:
             return ("timestep",)
+        if self.infill and self.steps is None:
+            return ("fixed", "even", "timestep")
         return tuple(name for name in SCHEDULES if name != "capped")
-
-    @property
-    def _decider(self) -> str:
-        """What decides how many tokens a step commits, as an argument is written."""
-        if self.strategy is not None:
-            return f"strategy={self.strategy!r}"
-        given = [name for name in RULES if getattr(self, name) is not None]
-        return given[0] if given else f"alg={self.alg!r}"
 
     def check(self, config: Config) -> None:
         """Refuses a model that this decoding has no meaning for.
@@ -336,25 +217,13 @@ class DecodeConfig:
         Raises:
           ValueError: one sentence that says what would be right.
         """
-        if self.strategy == "wino" and config.shift:
-            raise ValueError(
-                "strategy is 'wino', which checks a token by predicting it at its own position; "
-                f"{config.family} predicts it at the one before, so take another strategy."
-            )
-        for name, ids in (("eos_id", (self.eos_id,)), ("suppress", self.suppress)):
-            for token in ids:
-                if token is not None and not 0 <= token < config.vocab_size:
-                    raise ValueError(
-                        f"{name} has token id {token}; it must lie in 0 to {config.vocab_size - 1}."
-                    )
-        if config.mask_id in self.suppress:
-            raise ValueError("suppress has the mask token, which ban_mask is for; leave it out.")
+        refusals.check_model(self, config)
 
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
         """The static shape of a generation after a prompt of `prompt` slots."""
         steps = self.steps
         if steps is None and self.pace != "fixed":
-            steps = self.gen_length or prompt
+            steps = self.gen_length
         geo = Geometry(
             prompt=prompt,
             gen=self.gen_length,
@@ -371,9 +240,9 @@ class DecodeConfig:
 
     def split(self) -> tuple["DecodeConfig", Numbers]:
         """The part that shapes the compiled program, and the numbers that do not."""
-        nucleus = self.top_p is not None and not (_concrete(self.top_p) and self.top_p >= 1)
+        nucleus = self.top_p is not None and not (concrete(self.top_p) and self.top_p >= 1)
         switches = dict(
-            temperature=_positive(self.temperature),
+            temperature=positive(self.temperature),
             top_p=nucleus,
             alg_temp=self.draws_positions,
             kl_threshold=self.strategy == "klass",
@@ -395,29 +264,4 @@ class DecodeConfig:
 
 _ON = dict(temperature=1.0, top_p=0.5, top_k=1, alg_temp=1.0, threshold=0.0, factor=1.0)
 _ON |= dict(gamma=1.0, sigma=1.0, cfg_scale=1.0, max_forwards=1)
-"""Some value of each number that is off by default, to say that it is on."""
-
-
-def _concrete(value: Any) -> bool:
-    return value is not None and not isinstance(value, Tracer)
-
-
-def _positive(value: Any) -> bool:
-    """Whether a number that 0 switches off is on; a traced one is."""
-    return value is not None and (isinstance(value, Tracer) or bool(value > 0))
-
-
-def _whole(name: str, value: Any) -> None:
-    if not _concrete(value):
-        return
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = 0
-    if whole < 1:
-        raise ValueError(f"{name} is {value}; it must be a whole number from 1 on.")
-
-
-def _one_of(name: str, value: str, table: Iterable[str]) -> None:
-    if value not in table:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(table)}.")
+"""A value of each number that is off by default, to say that it is on; none that is refused."""

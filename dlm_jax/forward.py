@@ -78,7 +78,7 @@ def _shadowed(setup: Setup, state: DecodeState, rows: Row) -> Seen:
     return Seen(slot_BS, logits, inside_BL & rows.masked_L, state.cache, ())
 
 
-def processed(setup: Setup, state: DecodeState, seen: Seen) -> Float[Array, "B W V"]:
+def process(setup: Setup, state: DecodeState, seen: Seen) -> Float[Array, "B W V"]:
     """The logits after everything that the user wants to be done to them."""
     logits, hook = seen.logits_BWV, setup.logits_processor
     if setup.decode.suppress:

@@ -29,7 +29,8 @@ class Geometry:
             raise ValueError(f"The prompt has {self.prompt} slots; at least one token is needed.")
         if self.gen < 0:
             raise ValueError(f"gen_length is {self.gen}; it must be at least 1.")
-        if (self.gen or self.block) and (self.block < 1 or self.gen % self.block):
+        fits = self.block >= 1 and self.gen % self.block == 0 if self.gen else self.block == 0
+        if not fits:
             raise ValueError(
                 f"block_length is {self.block}; it must divide gen_length, {self.gen}, into equal "
                 "blocks."

@@ -279,7 +279,7 @@ def _decode_config(
         suppress = tuple(tokenizer.token_id(tok, text) for text in args.suppress)
     except ValueError as error:
         raise ValueError(f"--suppress: {error}") from error
-    decode = DecodeConfig.for_model(
+    return DecodeConfig.for_model(
         config,
         gen_length=gen_length,
         infill=infill or None,
@@ -288,16 +288,6 @@ def _decode_config(
         **{name: getattr(args, name) for name in PASSED},
         **_strategy_args(args),
     )
-    if args.num_transfer_tokens is not None and decode.pace != "fixed":
-        raise ValueError(
-            f"--num-transfer-tokens belongs to the schedule 'fixed', and this is {decode.pace!r}; "
-            "add --schedule fixed, or leave it out."
-        )
-    if decode.gen_length == 0 and decode.steps is None and decode.pace != "fixed":
-        # One step per token: a row may have as many masks as it has slots, but rarely does.
-        masks = max((row.count(config.mask_id) for row in rows), default=0)
-        decode = dataclasses.replace(decode, steps=max(masks, 1))
-    return decode
 
 
 def _strategy_args(args: argparse.Namespace) -> dict[str, int | float]:

@@ -166,6 +166,12 @@ def log_likelihood(
             )
         if (name == "answer" or config.log_type == "btf") and not mask.any(axis=-1).all():
             raise ValueError(f"A row of the {name} is empty; it must have at least one token.")
+    unscored = config.estimator == "mc_rate" and config.log_type == "ftb"
+    if unscored and not isinstance(answer_valid, Tracer) and (answer_valid.sum(axis=-1) == 1).any():
+        raise ValueError(
+            "An answer has one token, the last of its row, which the estimator 'mc_rate' never "
+            "scores; end answers with the end-of-text token, or take 'ar_ftb'."
+        )
     method, forwards = ESTIMATORS[config.estimator], config.forwards(prompt, answer)
     if draws is not None:
         if method.draw is None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dlm_jax import queries
 from dlm_jax.cache.base import Row
+from dlm_jax.geometry import Geometry
 from dlm_jax.state import DecodeState, Setup
 from dlm_jax.typing import Array, Bool, Int
 
@@ -28,13 +29,14 @@ def rows(setup: Setup, state: DecodeState) -> tuple[Row, Int[Array, " B"]]:
     running_B = state.block_B < geo.num_blocks
     open_BL = masked_BL & inside_BL & running_B[:, None]
     eligible_BL = open_BL & _wanted(setup, state.tokens_BL)
-    masks_B = _block_masks(setup, state)
     if setup.decode.fill_past_eos:
         eligible_BL = open_BL & jnp.any(eligible_BL, axis=-1, keepdims=True)
-        masks_B = jnp.sum(eligible_BL, axis=-1, dtype=jnp.int32)
     if state.passed_BL is not None:
         eligible_BL = eligible_BL & ~state.passed_BL
-    least_B, most_B = setup.schedule.bounds(state.block_masks_B, masks_B, state.block_step_B)
+    # An early end does not slow the pace: masks behind it count as if they were to be filled.
+    least_B, most_B = setup.schedule.bounds(
+        state.block_masks_B, _block_masks(masked_BL, state.block_B, geo), state.block_step_B
+    )
     stacked = Row(
         tokens_L=state.tokens_BL,
         valid_L=setup.valid_BL,
@@ -52,8 +54,7 @@ def rows(setup: Setup, state: DecodeState) -> tuple[Row, Int[Array, " B"]]:
 def enter(setup: Setup, state: DecodeState) -> DecodeState:
     """Brings a fresh state to its first block and chooses what its first forward computes."""
     before = state._replace(block_B=state.block_B - 1)
-    state = state._replace(block_B=_next_block(setup, before))
-    return _choose(setup, state._replace(block_masks_B=_block_masks(setup, state)))
+    return _choose(setup, _to_block(setup, state, _next_block(setup, before)))
 
 
 def advance(setup: Setup, state: DecodeState) -> DecodeState:
@@ -61,7 +62,8 @@ def advance(setup: Setup, state: DecodeState) -> DecodeState:
     geo, decode = setup.geo, setup.decode
     block_step_B = state.block_step_B + 1
     done_B = state.block_B >= geo.num_blocks
-    leave_B = full_B = _block_masks(setup, state) == 0
+    wanted_BL = _masked(setup, state.tokens_BL) & _wanted(setup, state.tokens_BL)
+    leave_B = full_B = _block_masks(wanted_BL, state.block_B, geo) == 0
     if geo.steps is not None and not decode.parallel:
         out_of_steps_B = block_step_B >= geo.steps_per_block
         if not decode.leave_early:
@@ -71,14 +73,25 @@ def advance(setup: Setup, state: DecodeState) -> DecodeState:
     if setup.lockstep:
         leave_B = jnp.broadcast_to(jnp.all(leave_B | done_B), leave_B.shape)
     leave_B = leave_B & ~done_B
-    state = state._replace(
-        block_B=jnp.where(leave_B, _next_block(setup, state), state.block_B),
-        block_step_B=jnp.where(leave_B, jnp.zeros_like(block_step_B), block_step_B),
+    moved = _to_block(setup, state, _next_block(setup, state))
+    return _choose(
+        setup,
+        state._replace(
+            block_B=jnp.where(leave_B, moved.block_B, state.block_B),
+            block_step_B=jnp.where(leave_B, moved.block_step_B, block_step_B),
+            block_masks_B=jnp.where(leave_B, moved.block_masks_B, state.block_masks_B),
+        ),
     )
-    state = state._replace(
-        block_masks_B=jnp.where(leave_B, _block_masks(setup, state), state.block_masks_B)
+
+
+def _to_block(setup: Setup, state: DecodeState, block_B: Int[Array, " B"]) -> DecodeState:
+    """The state in which every row begins the given block."""
+    masked_BL = _masked(setup, state.tokens_BL)
+    return state._replace(
+        block_B=block_B,
+        block_step_B=jnp.zeros_like(block_B),
+        block_masks_B=_block_masks(masked_BL, block_B, setup.geo),
     )
-    return _choose(setup, state)
 
 
 def _choose(setup: Setup, state: DecodeState) -> DecodeState:
@@ -108,19 +121,20 @@ def _wanted(setup: Setup, tokens_BL: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     return jnp.cumsum(ends_BL, axis=-1) == 0
 
 
-def _masks_per_block(setup: Setup, tokens_BL: Int[Array, "B L"]) -> Int[Array, "B blocks"]:
-    """Masks to be filled in each block; those inside the prompt belong to the first."""
-    geo = setup.geo
-    masked_BL = (_masked(setup, tokens_BL) & _wanted(setup, tokens_BL)).astype(jnp.int32)
+def _masks_per_block(masked_BL: Bool[Array, "B L"], geo: Geometry) -> Int[Array, "B blocks"]:
+    """Masks in each block; those inside the prompt belong to the first."""
+    counts_BL = masked_BL.astype(jnp.int32)
     blocks = (masked_BL.shape[0], geo.num_blocks, geo.block)
-    counts = masked_BL[:, geo.prompt :].reshape(blocks).sum(axis=-1)
-    return counts.at[:, 0].add(masked_BL[:, : geo.prompt].sum(axis=-1))
+    counts = counts_BL[:, geo.prompt :].reshape(blocks).sum(axis=-1)
+    return counts.at[:, 0].add(counts_BL[:, : geo.prompt].sum(axis=-1))
 
 
-def _block_masks(setup: Setup, state: DecodeState) -> Int[Array, " B"]:
-    """Masks left in each row's block; 0 for a row that is done."""
-    counts = _masks_per_block(setup, state.tokens_BL)
-    return queries.gather(jnp.pad(counts, ((0, 0), (0, 1))), state.block_B[:, None])[:, 0]
+def _block_masks(
+    masked_BL: Bool[Array, "B L"], block_B: Int[Array, " B"], geo: Geometry
+) -> Int[Array, " B"]:
+    """Masks in one block of each row; 0 for a row that is done."""
+    counts = jnp.pad(_masks_per_block(masked_BL, geo), ((0, 0), (0, 1)))
+    return queries.gather(counts, block_B[:, None])[:, 0]
 
 
 def _next_block(setup: Setup, state: DecodeState) -> Int[Array, " B"]:
@@ -128,7 +142,8 @@ def _next_block(setup: Setup, state: DecodeState) -> Int[Array, " B"]:
     blocks = setup.geo.num_blocks
     if not setup.decode.leave_early:
         return state.block_B + 1
-    open_Bb = _masks_per_block(setup, state.tokens_BL) > 0
+    wanted_BL = _masked(setup, state.tokens_BL) & _wanted(setup, state.tokens_BL)
+    open_Bb = _masks_per_block(wanted_BL, setup.geo) > 0
     if setup.lockstep:
         open_Bb = jnp.broadcast_to(jnp.any(open_Bb, axis=0)[None], open_Bb.shape)
     later_Bb = open_Bb & (jnp.arange(blocks)[None] > state.block_B[:, None])

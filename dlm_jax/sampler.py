@@ -60,8 +60,16 @@ class Sampled(NamedTuple):
     """To rank positions by; `Measure.level` turns a confidence into one."""
     confidence: Float[Array, "B W"]
     """To report."""
+    logits: Float[Array, "B W V"]
+    """What they were made of."""
     tempered: Float[Array, "B W V"]
     """Log-probabilities after temperature and filters; -inf where filtered out."""
+
+    def confidence_in(self, token_BW: Int[Array, "B W"], alg: str) -> Float[Array, "B W"]:
+        """What the measure would say of other tokens at these positions."""
+        measure, everything = ALGORITHMS[alg], jnp.ones(self.logits.shape, bool)
+        other = Candidates(token_BW, self.logits, self.tempered, everything)
+        return measure.report(measure.score(other))
 
 
 class Debias(NamedTuple):
@@ -173,7 +181,7 @@ def sample(
     confidence_BW = measure.report(score_BW)
     if debias is not None:
         score_BW = confidence_BW = debias.calibrate(confidence_BW, token_BW)
-    return Sampled(token_BW, score_BW, confidence_BW, tempered)
+    return Sampled(token_BW, score_BW, confidence_BW, logits, tempered)
 
 
 def keep(

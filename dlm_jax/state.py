@@ -35,7 +35,8 @@ class Draws(NamedTuple):
     none of the schedule's steps fills stays a mask."""
 
 
-def _static() -> Any:
+def static() -> Any:
+    """A dataclass field that belongs to the structure of the pytree."""
     return dataclasses.field(metadata=dict(static=True))
 
 
@@ -44,11 +45,11 @@ def _static() -> Any:
 class Setup:
     """What stays constant over a generation."""
 
-    model: Transformer = _static()
-    decode: DecodeConfig = _static()
-    method: CacheMethod = _static()
-    geo: Geometry = _static()
-    logits_processor: LogitsProcessor | None = _static()
+    model: Transformer = static()
+    decode: DecodeConfig = static()
+    method: CacheMethod = static()
+    geo: Geometry = static()
+    logits_processor: LogitsProcessor | None = static()
     params: Params
     valid_BL: Bool[Array, "B L"]
     key_B: Key[Array, " B"]

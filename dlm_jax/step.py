@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from dlm_jax import klass, progress, queries
 from dlm_jax.cache.base import Observation, Variant
 from dlm_jax.commit import commit, revoke
-from dlm_jax.forward import forward, processed
+from dlm_jax.forward import forward, process
 from dlm_jax.sampler import sample
 from dlm_jax.state import DecodeState, Setup, position_keys
 from dlm_jax.typing import Array, Bool, Int, PyTree
@@ -78,7 +78,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     # Network and candidates: what the model would put where.
     seen = forward(setup, state, rows, variant)
     sampled = sample(
-        processed(setup, state, seen),
+        process(setup, state, seen),
         position_keys(setup, state.step_B, seen.slot_BW),
         alg=decode.alg,
         banned=mask_id if decode.ban_mask else None,
@@ -93,7 +93,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     stability = state.stability
     if stability is not None:
         stability = klass.update(stability, sampled.tempered, seen.slot_BW, active_B, geo.length)
-    commit_BL = commit(setup, state._replace(stability=stability), rows, most_B, seen, sampled)
+    commit_BL = commit(setup, state, stability, rows, most_B, seen, sampled)
     tokens_BL = jnp.where(
         commit_BL, queries.scatter(state.tokens_BL, sampled.token, seen.slot_BW), state.tokens_BL
     )
@@ -102,7 +102,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     committed_at_BL = jnp.where(final_BL, state.nfe, state.committed_at_BL)
     narrow_out_thres = setup.numbers.narrow_out_thres
     if narrow_out_thres is not None:
-        revoked_BL = revoke(state, rows, commit_BL, seen, sampled, narrow_out_thres)
+        revoked_BL = revoke(setup, state, rows, commit_BL, seen, sampled, narrow_out_thres)
         tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
         committed_at_BL = jnp.where(revoked_BL, -1, committed_at_BL)
 

@@ -15,8 +15,8 @@ def rank(score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"]) -> Int[Arra
 
     Eligible positions come before all others.
     """
-    # A score may be -inf, which must still come before what is not eligible.
-    score_L = jnp.maximum(score_L, jnp.finfo(score_L.dtype).min)
+    # A score may be -inf or not a number, which must still come before what is not eligible.
+    score_L = jnp.nan_to_num(score_L, nan=-jnp.inf)
     order_L = jnp.argsort(jnp.where(eligible_L, -score_L, jnp.inf), stable=True)
     return (
         jnp.zeros_like(order_L)

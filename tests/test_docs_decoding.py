@@ -14,9 +14,9 @@ from conftest import GOLDEN, ROOT, small
 
 from dlm_jax import DecodeConfig, LikelihoodConfig, arithmetic, cache, generate, tokenizer
 from dlm_jax.arguments import prepare
-from dlm_jax.config import RULES, STRATEGIES
 from dlm_jax.decode import RECORDS, GenerateOutput
 from dlm_jax.estimators import ESTIMATORS
+from dlm_jax.refusals import RULES, STRATEGIES
 from dlm_jax.sampler import ALGORITHMS
 from dlm_jax.schedule import SCHEDULES
 

@@ -23,8 +23,9 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from dlm_jax import arithmetic, cache, checkpoint, generate, job, live, tokenizer
-from dlm_jax.config import STRATEGIES, DecodeConfig
+from dlm_jax.config import DecodeConfig
 from dlm_jax.engine import Answer, Engine, PromptError, Result, Snapshot, check_rows
+from dlm_jax.refusals import STRATEGIES
 from dlm_jax.schedule import SCHEDULES
 
 TEMPLATE = (
@@ -171,7 +172,7 @@ def test_the_masks_in_a_text_are_filled(model, capsys, tmp_path):
     assert not {MASK, EOS, 97} & set(ids[2:5] + [ids[6]] + second["tokens"])
     assert first["text"] == opened.decode(ids, skip_special_tokens=True)
     assert first["text"].startswith("a ") and first["text"].endswith("c")
-    assert (first["stats"]["steps"], first["stats"]["forwards"]) == (4, 4)
+    assert (first["stats"]["steps"], first["stats"]["forwards"]) == (None, 4)
     assert (first["stats"]["tokens"], second["stats"]["tokens"]) == (4, 1)
     assert first["stats"]["tokens_per_forward"] == 1
     committed_at = json.loads(history.read_text())["committed_at"]
@@ -253,7 +254,7 @@ WRONG = {
     "schedule and steps": (["--schedule=fixed", "--steps=4"], "leave steps out"),
     "rule and steps": (["--threshold=0.9", "--steps=4"], "set schedule='capped'"),
     "rules": (["--threshold=0.9", "--factor=1"], "threshold and factor are both given"),
-    "transfer": (["--num-transfer-tokens=2"], "add --schedule fixed"),
+    "transfer": (["--num-transfer-tokens=2"], "take the schedule 'fixed'"),
     "alg temp": (["--gamma=1", "--alg-temp=1"], "with gamma leave it out"),
     "sigma": (["--sigma=0"], "sigma is 0.0; it must be above 0"),
     "guidance": (["--cfg-scale=-1"], "cfg_scale is -1.0"),

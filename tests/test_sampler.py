@@ -77,7 +77,7 @@ def test_a_banned_token_is_no_candidate_but_keeps_its_share():
 def test_sure_tokens_are_ranked_where_float32_probabilities_are_all_one():
     logits = np.zeros((3, 1000), np.float32)
     logits[:, 5] = [25.0, 27.0, 26.0]
-    _, (score,), (confidence,), _ = sampled("low_confidence", logits)
+    _, (score,), (confidence,), *_ = sampled("low_confidence", logits)
     assert (confidence == 1).all()
     assert np.argsort(score).tolist() == [0, 2, 1]
     exact = -np.log1p(999 * np.exp(-logits[:, 5].astype(np.float64)))

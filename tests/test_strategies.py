@@ -4,7 +4,6 @@
 each step had to commit.
 """
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -562,9 +561,8 @@ INFILLED = [
 
 @pytest.mark.parametrize(("family", "name", "gen_length"), INFILLED)
 def test_masks_in_the_prompt_are_filled_and_the_rest_of_it_is_kept(family, name, gen_length):
-    decode = config(name, family, infill=True, gen_length=gen_length)
-    if gen_length == 0:
-        decode = dataclasses.replace(decode, block_length=None)
+    blocks = {} if gen_length else dict(block_length=None)
+    decode = config(name, family, infill=True, gen_length=gen_length, **blocks)
     prompt, mask = prompts(ROWS, PROMPT, seed=12), padding(0, 1, 2)
     holes = np.zeros(prompt.shape, bool)
     holes[0, [0, 3, 5]] = holes[1, [1, 4]] = True
@@ -572,6 +570,71 @@ def test_masks_in_the_prompt_are_filled_and_the_rest_of_it_is_kept(family, name,
     out = run(family, prompt, mask, decode=decode, debiased=TABLE[name].debiased)
     check(out, prompt, decode)
     assert (out.tokens[:, :PROMPT] != MASK).all() and out.tokens.shape[1] == PROMPT + gen_length
+
+
+def test_caches_fill_masks_where_nothing_is_generated():
+    """Two ways to begin a block that does not exist are one, and d2Cache has nothing to choose."""
+    prompt, mask = prompts(2, PROMPT, seed=3), padding(0, 2)[:2]
+    prompt[0, [0, 2]] = prompt[1, [4, 5]] = MASK
+    decode = config("threshold", "dream", infill=True, gen_length=0, block_length=None)
+    shifted, first_column = (
+        run("dream", prompt, mask, decode=decode, cache=make("dual", block_start=start))
+        for start in ("shifted", "first-column")
+    )
+    assert (shifted.tokens != MASK).all()
+    np.testing.assert_array_equal(shifted.tokens, first_column.tokens)
+    assert shifted.positions_asked[0].tolist() == mask.sum(axis=1).tolist()
+    with pytest.raises(ValueError, match="gen_length is 0; the cache 'd2cache'"):
+        run("dream", prompt, mask, decode=decode, cache=make("d2cache"))
+
+
+def test_padding_changes_neither_pace_nor_noise_of_infilling():
+    """Without a number of steps there is one per mask, not one per slot of the padded prompt."""
+    prompt = prompts(1, PROMPT, seed=5)
+    prompt[0, [2, 4, 5]] = MASK
+    padded = np.pad(prompt, ((0, 0), (4, 0)), constant_values=1)
+    decode = DecodeConfig.for_model(
+        small("dream")[0].config, gen_length=0, infill=True, temperature=1.5
+    )
+    alone = run("dream", prompt, decode=decode)
+    behind = run("dream", padded, np.arange(10)[None] >= 4, decode=decode)
+    assert alone.nfe == behind.nfe == 3
+    np.testing.assert_array_equal(alone.tokens[0], behind.tokens[0, 4:])
+
+
+def test_an_early_end_does_not_slow_a_cap():
+    """Everything is sure, and the end stands behind half of the tokens: it is decided first."""
+    forced = np.full(GEN, 3)
+    forced[GEN // 2] = 4
+
+    def end_first(tokens, logits, step, positions):
+        place = jnp.clip(positions - PROMPT, 0, GEN - 1)
+        sure = jnp.where(place == GEN // 2, 60.0, 50.0) - place.astype(jnp.float32) / 100
+        return jax.nn.one_hot(jnp.asarray(forced)[place], VOCAB) * sure[..., None]
+
+    nfe = []
+    for rule in (dict(schedule="even"), dict(schedule="capped", threshold=0.5)):
+        decode = DecodeConfig(gen_length=GEN, steps=6, stop_until_eos=True, eos_id=4, **rule)
+        out = run("llada", prompts(1, PROMPT), decode=decode, logits_processor=end_first)
+        assert (out.tokens[0, PROMPT + GEN // 2 + 1 :] == MASK).all()
+        nfe.append(int(out.nfe))
+    assert nfe == [4, 4]  # the end and 6 tokens before it, at 2 per step
+
+
+def test_wino_revokes_by_the_measure_it_commits_by():
+    """Tokens that are sure by themselves stay, however flat what they are drawn from."""
+
+    def sure(tokens, logits, step):
+        return jnp.broadcast_to(jax.nn.one_hot(3, VOCAB) * 8.0, logits.shape)
+
+    decode = DecodeConfig(gen_length=GEN, strategy="wino", temperature=0.1, top_k=1)
+    out = run("llada", prompts(1, PROMPT), decode=decode, logits_processor=sure)
+    assert out.nfe == 2  # 70% of the block, then the rest
+    hot = DecodeConfig(gen_length=GEN, strategy="wino", temperature=3.0)
+    out = run("llada", prompts(1, PROMPT), decode=hot, logits_processor=sure)
+    surest = out.tokens[0, PROMPT:] == 3
+    first = out.history[0, 0, PROMPT:] == 3
+    assert surest[first].all()  # what came in for sure was never revoked
 
 
 @pytest.mark.parametrize(
@@ -786,6 +849,11 @@ class TestDistributions:
 
 
 REFUSED = [
+    (dict(sigma=2.0, alg="entropy"), "alg is 'entropy', .* sigma"),
+    (dict(infill=True, schedule="even"), "steps is None, but the schedule 'even'"),
+    (dict(num_transfer_tokens=2), "num_transfer_tokens is 2, but the schedule 'even'"),
+    (dict(gen_length=0, infill=True), "block_length is 6; it must divide gen_length, 0"),
+    (dict(narrow_out_thres=None), "narrow_out_thres is None"),
     (dict(threshold=0.9, factor=1.0), "threshold and factor are both given"),
     (dict(threshold=0.9, gamma=0.1), "threshold and gamma are both given"),
     (dict(factor=0.9, gamma=0.1), "factor and gamma are both given"),

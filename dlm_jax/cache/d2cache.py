@@ -25,6 +25,7 @@ from dlm_jax.cache.base import (
     check_whole,
     round_up,
 )
+from dlm_jax.config import DecodeConfig
 from dlm_jax.density import certainty_density
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, sources
@@ -87,6 +88,13 @@ class D2Cache(CacheMethod):
         if self.sigma == 0:
             raise ValueError("sigma is 0; it must be above 0.")
         check_whole("inflate_w", self.inflate_w, 0)
+
+    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
+        if not decode.gen_length:
+            raise ValueError(
+                f"gen_length is 0; the cache {self.name!r} chooses among generated positions, so "
+                "take another one."
+            )
 
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:
         # The positions of a nucleus weigh more than the average, so they are no more than its

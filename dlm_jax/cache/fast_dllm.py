@@ -56,13 +56,14 @@ class Prefix(CacheMethod):
         return self.block_start == "first-column"
 
     def variants(self, geo: Geometry) -> tuple[Variant, ...]:
-        return buckets(range(geo.block, geo.gen + 1, geo.block), geo)
+        return buckets((n * geo.block for n in range(1, geo.num_blocks + 1)), geo)
 
     def restrict(self, row: Row, geo: Geometry) -> Row:
         if not self._first_column:
             return row
         first_L = jnp.arange(geo.length) == geo.prompt + row.block * geo.block
-        full = row.block_step == 0
+        # Where nothing is generated, there is no first column either.
+        full = (row.block_step == 0) & jnp.any(row.eligible_L & first_L)
         return row._replace(
             eligible_L=row.eligible_L & (first_L | ~full), quota=jnp.where(full, 1, row.quota)
         )
