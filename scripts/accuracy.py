@@ -79,6 +79,9 @@ class Outcome(NamedTuple):
     positions: float
     waste: float
     forwards: float
+    tokens_per_forward: float
+    answer: float
+    """Tokens up to the end of the answer."""
 
 
 def solve(
@@ -92,7 +95,7 @@ def solve(
     # All are padded to the longest, so that every batch runs the same program.
     ids_NP, mask_NP = tokenizer.pad(rows, config.pad_id, bucket=1)
     count, batch = len(rows), min(batch, len(rows))
-    texts, computed, asked, forwards = [], [], [], []
+    texts, computed, asked, forwards, rates, lengths = [], [], [], [], [], []
     for low in range(0, count, batch):
         kept = min(batch, count - low)
         row_B = np.arange(low, low + batch) % count  # the last batch is filled up
@@ -107,12 +110,15 @@ def solve(
         )
         for ids in np.asarray(out.tokens)[:kept, -gen_length:]:
             texts.append(tokenizer.decode(opened.tokenizer, ids, config.eos_id))
+            lengths.append(len(tokenizer.until_eos(ids, config.eos_id)))
         computed.append(np.asarray(out.positions_computed).sum(axis=0)[:kept])
         asked.append(np.asarray(out.positions_asked).sum(axis=0)[:kept])
         forwards.append(int(out.nfe))
+        rates.append(np.asarray(out.tokens_per_forward)[:kept])
     slots = float(np.mean(np.concatenate(computed)))
     waste = 1.0 - float(np.mean(np.concatenate(asked))) / slots
-    return Outcome(texts, slots / gen_length, waste, float(np.mean(forwards)))
+    means = (float(np.mean(values)) for values in (forwards, np.concatenate(rates), lengths))
+    return Outcome(texts, slots / gen_length, waste, *means)
 
 
 def plan(args: argparse.Namespace, model: str, opened: Checkpoint) -> list[Trial]:
@@ -201,7 +207,7 @@ def markdown(table: list[dict[str, Any]]) -> str:
 # --- the command ----------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence, without the usage that --help shows."""
 
     def error(self, message: str) -> NoReturn:
@@ -210,7 +216,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
-    parser = _Parser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -218,14 +224,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--models",
-        type=_names,
+        type=names,
         default=checkpoint.embedded(),
         metavar="NAME,...",
         help="embedded models, or directories [all embedded]",
     )
     add(
         "--caches",
-        type=_names,
+        type=names,
         default=["all"],
         metavar="NAME,...",
         help=f"cache methods: all, or some of {', '.join(METHODS)} [all]",
@@ -312,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
+def names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")

@@ -28,12 +28,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from accuracy import BLOCK_LENGTH, SUREST, _names, _Parser, check, encode
+from accuracy import BLOCK_LENGTH, SUREST, Parser, check, encode, names, solve
 from train_tiny import accuracy, write, write_json
 
-from dlm_jax import DecodeConfig, cache, checkpoint, diffusion_generate, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, tokenizer
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod
 from dlm_jax.checkpoint import Checkpoint
@@ -85,44 +84,6 @@ class Trial(NamedTuple):
     label: str
     decode: DecodeConfig
     cache: CacheMethod
-
-
-class Outcome(NamedTuple):
-    """What became of the problems."""
-
-    texts: list[str]
-    tokens_per_forward: float
-    forwards: float
-    answer: float
-
-
-def solve(
-    opened: Checkpoint, rows: list[list[int]], trial: Trial, *, seed: int, batch: int
-) -> Outcome:
-    """Answers all prompts, in batches of one shape."""
-    config = opened.config
-    # All are padded to the longest, so that every batch runs the same program.
-    ids_NP, mask_NP = tokenizer.pad(rows, config.pad_id, bucket=1)
-    count, batch = len(rows), min(batch, len(rows))
-    texts, rates, lengths, forwards = [], [], [], []
-    for low in range(0, count, batch):
-        kept = min(batch, count - low)
-        row_B = np.arange(low, low + batch) % count  # the last batch is filled up
-        out = diffusion_generate(
-            opened.params,
-            opened.model,
-            ids_NP[row_B],
-            mask_NP[row_B],
-            key=jax.random.key(seed),
-            decode=trial.decode,
-            cache=trial.cache,
-        )
-        for ids in np.asarray(out.tokens)[:kept, -trial.decode.gen_length :]:
-            texts.append(tokenizer.decode(opened.tokenizer, ids, config.eos_id))
-            lengths.append(len(tokenizer.until_eos(ids.tolist(), config.eos_id)))
-        rates.extend(np.asarray(out.tokens_per_forward)[:kept].tolist())
-        forwards.append(int(out.nfe))
-    return Outcome(texts, float(np.mean(rates)), float(np.mean(forwards)), float(np.mean(lengths)))
 
 
 def plan(args: argparse.Namespace, opened: Checkpoint) -> list[Trial]:
@@ -334,7 +295,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
-    parser = _Parser(
+    parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -342,14 +303,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--models",
-        type=_names,
+        type=names,
         default=checkpoint.embedded(),
         metavar="NAME,...",
         help="embedded models, or directories [all embedded]",
     )
     add(
         "--caches",
-        type=_names,
+        type=names,
         default=["none", "dual"],
         metavar="NAME,...",
         help=f"cache methods: all, or some of {', '.join(METHODS)} [none,dual]",
@@ -385,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not tokenizer.has_chat_template(opened[name].tokenizer):
                 raise ValueError(f"{name} has no chat template; it must be a model that chats.")
             check_rows(encode(opened[name], drawn), opened[name].config, trials[name][0].decode)
-        names = ("problems", "seed", "gen_length", "block_length", "batch")
-        document = {name: getattr(args, name) for name in names} | {"alg": SUREST}
+        settings = ("problems", "seed", "gen_length", "block_length", "batch")
+        document = {name: getattr(args, name) for name in settings} | {"alg": SUREST}
         table: list[Row] = []
 
         def keep(row: Row) -> None:
