@@ -30,6 +30,9 @@ KEYS = jax.random.split(KEY, 2)
 PROMPT = prompts(2, 6, seed=2)
 MASK = np.array([[False, False, True, True, True, True], [True] * 6])
 FAMILIES = ["llada", "dream"]
+ALONE = {("none", "dream"), ("dkv-decode", "dream"), ("dkv-greedy", "llada"), ("dual", "llada")}
+ALONE |= {("prefix", "dream"), ("dllm", "llada"), ("d2cache", "dream")}
+"""Methods and families whose rows are compared with themselves alone in the default run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,11 +93,6 @@ def some(methods, fast: set[str]) -> list:
     ]
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
-
-
 def decoding(method: CacheMethod, **changes) -> DecodeConfig:
     alg = "random" if method.name == "dkv-greedy" else "low_confidence"
     return DecodeConfig(**dict(gen_length=8, block_length=4, steps=8, alg=alg) | changes)
@@ -122,6 +120,19 @@ def test_always_fresh_equals_no_cache(method):
     np.testing.assert_allclose(plain.confidence, cached.confidence, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        pytest.param(
+            make(name),
+            family,
+            id=f"{name}-{family}",
+            marks=[] if (name, family) in ALONE else pytest.mark.slow,
+        )
+        for name in cache_lib.METHODS
+        for family in FAMILIES
+    ],
+)
 def test_rows_alone_and_in_a_batch(method, family):
     together = generate(family, method)
     alone = generate(family, method, PROMPT[:1, 2:], None, key=KEYS[:1])
@@ -185,7 +196,7 @@ def test_a_second_call_compiles_nothing(method, caplog):
 
 @pytest.mark.parametrize(
     "method",
-    some([*map(make, cache_lib.METHODS), EveryOther()], {"dkv-decode", "dual", "dllm", "d2cache"}),
+    some([*map(make, cache_lib.METHODS), EveryOther()], {"dual", "dllm", "d2cache"}),
     ids=name_of,
 )
 def test_what_is_not_computed_is_not_written(method):
@@ -239,7 +250,7 @@ def test_finished_rows_write_nothing():
         )
 
 
-@pytest.mark.parametrize("name", ["dual", "dkv-decode"])
+@pytest.mark.parametrize("name", ["dual", pytest.param("dkv-decode", marks=pytest.mark.slow)])
 def test_lockstep_changes_no_token(name):
     """Rows with different numbers of masks leave their blocks at different times."""
     prompt = np.where(np.arange(6)[None] < [[0], [4]], 39, PROMPT).astype(np.int32)
@@ -252,7 +263,10 @@ def test_lockstep_changes_no_token(name):
     assert (outs[0].tokens != 39).all()
 
 
-@pytest.mark.parametrize("name", ["none", "dkv-greedy", "dllm", "d2cache"])
+@pytest.mark.parametrize(
+    "name",
+    ["none", "d2cache", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dkv-greedy", "dllm"))],
+)
 def test_an_interrupted_generation_can_be_resumed(name, tmp_path):
     method = make(name)
     model, params = small("dream")
@@ -302,7 +316,7 @@ def test_an_interrupted_generation_can_be_resumed(name, tmp_path):
     chex.assert_trees_all_equal(resumed, whole)
 
 
-@pytest.mark.parametrize("name", ["none", "d2cache"])
+@pytest.mark.parametrize("name", ["none", pytest.param("d2cache", marks=pytest.mark.slow)])
 def test_vmap_over_prompts_and_keys(name):
     method = make(name)
     model, params = small("llada")
@@ -345,6 +359,11 @@ def test_donated_prompt_and_state():
     assert int(again.nfe) == 3
 
 
+@pytest.mark.parametrize(
+    "method",
+    some(map(make, cache_lib.METHODS), {"dkv-decode", "dual", "dllm", "d2cache"}),
+    ids=name_of,
+)
 def test_no_cache_is_copied_inside_a_loop(method):
     """Counts copies of the cache's shape in the optimised program; no activation has that shape.
 

@@ -41,7 +41,12 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.fixture(
+    params=[
+        pytest.param(s, id=name, marks=pytest.mark.slow if name == "dream, fixed" else [])
+        for name, s in SETTINGS.items()
+    ]
+)
 def setting(request) -> tuple[tuple, DecodeConfig]:
     """A small model with its parameters, and a decoding configuration."""
     family, arguments = request.param

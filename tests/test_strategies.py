@@ -107,8 +107,7 @@ TABLE = {
     "suppress": Strategy(dict(suppress=(21, 17, 32, 1), gamma=0.5), dict(gamma=among(0, 3))),
     "sampled": Strategy(dict(temperature=1.0), dict(temperature=among(0.1, 4))),
 }
-ON_DREAM = {"timestep", "threshold, capped", "klass, factor", "alg_temp", "suppress"}
-ON_DREAM |= {"debias, threshold", "sampled"}
+ON_DREAM = {"timestep", "threshold, capped", "alg_temp", "debias, threshold", "sampled"}
 NOT_ON_LLADA = {"timestep", "threshold, two at least", "factor, spare last", "klass, factor"}
 NOT_ON_LLADA |= {"alg_temp", "debias", "wino in blocks", "threshold, capped", "suppress", "sampled"}
 NOT_ON_LLADA |= {"debias, threshold", "gamma", "past eos"}
