@@ -21,7 +21,7 @@ class Seen(NamedTuple):
     """Where logits were read; L marks an unused entry."""
     logits_BWV: Float[Array, "B W V"]
     read_BL: Bool[Array, "B L"]
-    """Masks among these slots."""
+    """Masks among these slots, as far as their logits were wanted and computed."""
     cache: tuple[PyTree, ...]
     acc: PyTree
     """What the layer functions accumulated, for each row."""
@@ -42,7 +42,7 @@ def forward(setup: Setup, state: DecodeState, rows: Row, variant: Variant) -> Se
 
     tokens_BL, selected_BL, valid_BL = state.tokens_BL, state.selected_BL, setup.valid_BL
     wanted_BW = slot_BW
-    if setup.decode.guided:
+    if setup.decode.guided:  # B is then twice the batch, up to the logits
         tokens_BL = guidance.canvases(tokens_BL, state.committed_at_BL, config.mask_id)
         selected_BL, valid_BL, rows, wanted_BW = guidance.with_copy(
             (selected_BL, valid_BL, rows, wanted_BW)

@@ -16,7 +16,7 @@ import numpy as np
 from dlm_jax.geometry import Geometry
 from dlm_jax.typing import Array, Float, Int
 
-Progress = Callable[
+Bounds = Callable[
     [Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]],
     tuple[Int[Array, " B"], Int[Array, " B"]],
 ]
@@ -33,7 +33,7 @@ class Schedule(NamedTuple):
         probability of every mask where they are committed independently.
     """
 
-    bounds: Progress
+    bounds: Bounds
     forwards: Callable[[int], int]
     most: Callable[[int], int]
     share: Callable[[Int[Array, " B"]], Float[Array, " B"]] | None = None

@@ -19,7 +19,7 @@ Every shape in the project is spelled with these letters, in names (`tokens_BL`)
 | R | query heads per key head, `R = N / K` |
 | H | width of one head |
 | V | vocabulary |
-| S | masked copies of a row that enter the network together |
+| S | a stretch of slots, such as a block; in a likelihood, masked copies of a row |
 | T | model forwards of one generation, or of one likelihood |
 
 The layer axis is always spelled out as `layers`. Annotations are documentation in production and

@@ -17,7 +17,9 @@ from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
 
 
-def span(block_B: Int[Array, " B"], active_B: Bool[Array, " B"], geo: Geometry) -> Array:
+def span(
+    block_B: Int[Array, " B"], active_B: Bool[Array, " B"], geo: Geometry
+) -> Int[Array, "B S"]:
     """Slots of each row's block, `[B, S]`; L for a row that is not active."""
     slot_BS = geo.prompt + block_B[:, None] * geo.block + jnp.arange(geo.block)[None]
     return jnp.where(active_B[:, None], slot_BS, geo.length).astype(jnp.int32)

@@ -216,27 +216,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--models",
-        type=names,
-        default=checkpoint.embedded(),
-        metavar="NAME,...",
-        help="embedded models, or directories [all embedded]",
-    )
-    add(
-        "--caches",
-        type=names,
-        default=["all"],
-        metavar="NAME,...",
-        help=f"cache methods: all, or some of {', '.join(METHODS)} [all]",
-    )
-    add(
+    parser = make_parser(__doc__, caches=["all"], problems=500)
+    parser.add_argument(
         "--cache-args",
         type=_others,
         action="extend",
@@ -244,7 +225,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="[MODEL/]NAME:K=V+K=V,...",
         help="parameters to try beside the defaults, for one model or all; may be repeated",
     )
-    add("--problems", type=int, default=500, metavar="N", help="held-out problems [500]")
+    return parser.parse_args(argv)
+
+
+def make_parser(description: str | None, *, caches: list[str], problems: int) -> Parser:
+    """What every measurement on word problems asks for, with its own defaults."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--models",
+        type=_names,
+        default=checkpoint.embedded(),
+        metavar="NAME,...",
+        help="embedded models, or directories [all embedded]",
+    )
+    add(
+        "--caches",
+        type=_names,
+        default=caches,
+        metavar="NAME,...",
+        help=f"cache methods: all, or some of {', '.join(METHODS)} [{','.join(caches)}]",
+    )
+    add(
+        "--problems",
+        type=int,
+        default=problems,
+        metavar="N",
+        help=f"held-out problems [{problems}]",
+    )
     add("--seed", type=int, default=2026, metavar="N", help="of problems and orders [2026]")
     add("--gen-length", type=int, default=64, metavar="G", help="tokens to generate [64]")
     add(
@@ -256,7 +268,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--batch", type=int, default=50, metavar="B", help="problems per batch [50]")
     add("--json", type=Path, metavar="FILE", help="write the settings and the table as JSON")
-    return parser.parse_args(argv)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -318,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def names(text: str) -> list[str]:
+def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")

@@ -29,12 +29,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from accuracy import BLOCK_LENGTH, SUREST, Parser, check, encode, names, solve
+from accuracy import SUREST, check, encode, make_parser, solve
 from train_tiny import accuracy, write, write_json
 
 from dlm_jax import DecodeConfig, cache, checkpoint, tokenizer
 from dlm_jax.arithmetic import Problem, problems
-from dlm_jax.cache import METHODS, CacheMethod
+from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.engine import check_rows
 
@@ -295,39 +295,8 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--models",
-        type=names,
-        default=checkpoint.embedded(),
-        metavar="NAME,...",
-        help="embedded models, or directories [all embedded]",
-    )
-    add(
-        "--caches",
-        type=names,
-        default=["none", "dual"],
-        metavar="NAME,...",
-        help=f"cache methods: all, or some of {', '.join(METHODS)} [none,dual]",
-    )
-    add("--problems", type=int, default=200, metavar="N", help="held-out problems [200]")
-    add("--seed", type=int, default=2026, metavar="N", help="of the problems [2026]")
-    add("--gen-length", type=int, default=64, metavar="G", help="tokens to generate [64]")
-    add(
-        "--block-length",
-        type=int,
-        default=BLOCK_LENGTH,
-        metavar="N",
-        help=f"tokens per block; 0 makes one block of everything [{BLOCK_LENGTH}]",
-    )
-    add("--batch", type=int, default=50, metavar="B", help="problems per batch [50]")
-    add("--json", type=Path, metavar="FILE", help="write the settings and the table as JSON")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the table")
+    parser = make_parser(__doc__, caches=["none", "dual"], problems=200)
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the table")
     parser.set_defaults(cache_args=[])
     return parser.parse_args(argv)
 

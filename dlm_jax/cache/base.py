@@ -40,7 +40,7 @@ class Row(NamedTuple):
     eligible_L: Bool[Array, " L"]
     """Masks that this step may fill: those up to the end of the row's block."""
     quota: Int[Array, ""]
-    """How many of them the schedule wants to be filled in this step."""
+    """How many of them are to be filled in this step; where a rule decides, the least."""
     order_L: Float[Array, " L"] | None
     """Lower is filled earlier; None where the order depends on confidence."""
     block: Int[Array, ""]
