@@ -93,6 +93,11 @@ def some(methods, fast: set[str]) -> list:
     ]
 
 
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
 def decoding(method: CacheMethod, **changes) -> DecodeConfig:
     alg = "random" if method.name == "dkv-greedy" else "low_confidence"
     return DecodeConfig(**dict(gen_length=8, block_length=4, steps=8, alg=alg) | changes)

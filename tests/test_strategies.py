@@ -110,7 +110,7 @@ TABLE = {
 ON_DREAM = {"timestep", "threshold, capped", "alg_temp", "debias, threshold", "sampled"}
 NOT_ON_LLADA = {"timestep", "threshold, two at least", "factor, spare last", "klass, factor"}
 NOT_ON_LLADA |= {"alg_temp", "debias", "wino in blocks", "threshold, capped", "suppress", "sampled"}
-NOT_ON_LLADA |= {"debias, threshold", "gamma", "past eos"}
+NOT_ON_LLADA |= {"debias, threshold", "past eos"}
 
 
 def is_slow(name: str, family: str) -> bool:
