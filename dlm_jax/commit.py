@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import klass, queries, sampler, unmask, wino
+from dlm_jax import klass, queries, unmask, wino
 from dlm_jax.cache.base import Row
 from dlm_jax.density import certainty_density
 from dlm_jax.forward import Seen
-from dlm_jax.sampler import Sampled
+from dlm_jax.proposals import Proposals
 from dlm_jax.state import DecodeState, Setup, position_keys
 from dlm_jax.typing import Array, Bool, Float, Int
 
@@ -39,7 +39,7 @@ def commit(
     rows: Row,
     most_B: Int[Array, " B"],
     seen: Seen,
-    sampled: Sampled,
+    proposed: Proposals,
 ) -> Bool[Array, "B L"]:
     """Which positions become final: the surest, as many as the schedule and the rule say.
 
@@ -50,7 +50,7 @@ def commit(
       rows: what each row may fill, and at least how much.
       most_B: at most how much, where a rule decides.
       seen: what was read.
-      sampled: candidates at the slots that were read.
+      proposed: candidates at the slots that were read.
     """
     candidate_BL = seen.read_BL & rows.eligible_L
     given_BL = setup.transfer_BL(state.nfe)
@@ -65,17 +65,17 @@ def commit(
         share_B = setup.schedule.share(state.block_step_B)
         count_B = jax.vmap(unmask.sure)(noise_BL, candidate_BL, -share_B)
         return top(noise_BL, candidate_BL, jnp.maximum(count_B, rows.quota))
-    scores = _scores(setup, state, rows, seen, sampled)
+    scores = _scores(setup, state, rows, seen, proposed)
     if not setup.decode.parallel:
         return top(scores.score_BL, candidate_BL, rows.quota)
     kl_threshold = setup.numbers.kl_threshold
     if stability is None or kl_threshold is None:
-        count_B = _count(setup, scores, candidate_BL, seen, sampled)
+        count_B = _count(setup, scores, candidate_BL, seen, proposed)
         if setup.decode.strategy == "wino":
             most_B = wino.most(jnp.sum(seen.read_BL, axis=-1, dtype=jnp.int32), rows.quota)
         return top(scores.score_BL, candidate_BL, jnp.clip(count_B, rows.quota, most_B))
     settled_BL = candidate_BL & klass.settled(stability, kl_threshold, setup.geo.length)
-    count_B = _count(setup, scores, settled_BL, seen, sampled)
+    count_B = _count(setup, scores, settled_BL, seen, proposed)
     found_B = count_B > 0
     return top(
         scores.score_BL,
@@ -90,8 +90,7 @@ def revoke(
     rows: Row,
     commit_BL: Bool[Array, "B L"],
     seen: Seen,
-    sampled: Sampled,
-    narrow_out_thres: Float[Array, ""],
+    standing_BW: Float[Array, "B W"],
 ) -> Bool[Array, "B L"]:
     """Which tokens of each row's block become masks again (WINO).
 
@@ -101,14 +100,12 @@ def revoke(
       rows: at least how much each row is to gain.
       commit_BL: what the step commits.
       seen: what was read.
-      sampled: what the model would put there.
-      narrow_out_thres: what a token's probability must not be below.
+      standing_BW: how sure the model is of the tokens that are there.
     """
-    token_BW = queries.gather(state.tokens_BL, seen.slot_BW)
+    narrow_out_thres = setup.numbers.narrow_out_thres
+    assert narrow_out_thres is not None  # only strategies that have one revoke
     certain_BL = jnp.ones(commit_BL.shape, jnp.float32)
-    probability_BL = queries.scatter(
-        certain_BL, sampled.confidence_in(token_BW, setup.decode.alg), seen.slot_BW
-    )
+    probability_BL = queries.scatter(certain_BL, standing_BW, seen.slot_BW)
     inside_BL = queries.scatter(
         jnp.zeros_like(commit_BL), jnp.ones(seen.slot_BW.shape, bool), seen.slot_BW
     )
@@ -122,11 +119,11 @@ def revoke(
     )
 
 
-def _scores(setup: Setup, state: DecodeState, rows: Row, seen: Seen, sampled: Sampled) -> Scores:
+def _scores(setup: Setup, state: DecodeState, rows: Row, seen: Seen, proposed: Proposals) -> Scores:
     numbers, geo = setup.numbers, setup.geo
     lowest_BL = jnp.full(seen.read_BL.shape, -jnp.inf, jnp.float32)
-    score_BL = queries.scatter(lowest_BL, sampled.score, seen.slot_BW)
-    confidence_BL = queries.scatter(lowest_BL, sampled.confidence, seen.slot_BW)
+    score_BL = queries.scatter(lowest_BL, proposed.score, seen.slot_BW)
+    confidence_BL = queries.scatter(lowest_BL, proposed.confidence, seen.slot_BW)
     level = setup.decode.measure.level
     if setup.debias is not None:
         level = _same
@@ -150,7 +147,7 @@ def _count(
     scores: Scores,
     among_BL: Bool[Array, "B L"],
     seen: Seen,
-    sampled: Sampled,
+    proposed: Proposals,
 ) -> Int[Array, " B"]:
     """How many of the surest positions the rule takes, out of those given."""
     numbers = setup.numbers
@@ -163,9 +160,9 @@ def _count(
         count_B = factored(scores.confidence_BL, among_BL, numbers.factor)
         spared = int(setup.decode.spare_last)
         return jnp.minimum(count_B, jnp.sum(among_BL, axis=-1, dtype=jnp.int32) - spared)
-    assert numbers.gamma is not None  # a rule is one of these
+    assert numbers.gamma is not None and proposed.entropy is not None  # a rule is one of these
     entropy_BL = queries.scatter(
-        jnp.zeros(among_BL.shape, jnp.float32), sampler.entropy(sampled.tempered), seen.slot_BW
+        jnp.zeros(among_BL.shape, jnp.float32), proposed.entropy, seen.slot_BW
     )
     bounded = jax.vmap(unmask.bounded_entropy, (0, 0, 0, None))
     return bounded(scores.score_BL, entropy_BL, among_BL, numbers.gamma)

@@ -19,11 +19,11 @@ from dlm_jax.arguments import Call, prepare
 from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.cache.none import NoCache
 from dlm_jax.config import DecodeConfig
-from dlm_jax.models.base import Transformer
+from dlm_jax.models.base import Transformer, lay_out
 from dlm_jax.progress import unfinished
 from dlm_jax.state import DecodeState, Draws, LogitsProcessor, Setup, draw_order
 from dlm_jax.step import begin, step
-from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params, PyTree
 
 RECORDS = ("computed", "computed_layers", "history", "state")
 """What `diffusion_generate(record=...)` can be asked for."""
@@ -183,13 +183,14 @@ def _frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
     variants = setup.method.variants(setup.geo)
     while unfinished(setup, state):
         step_index = int(state.nfe)
-        state = _jit_step(setup, state, variants[int(state.variant)])
+        cache, state = state.cache, state._replace(cache=())
+        state = _jit_step(setup, state, cache, variants[int(state.variant)])
         yield Frame(
             step_index,
             state.tokens_BL,
             state.committed_at_BL,
             state.confidence_BL,
-            float(setup.slots[int(state.variant_T[step_index])]),
+            float(setup.widths[int(state.variant_T[step_index])]),
             state.step_B,
         )
 
@@ -231,6 +232,7 @@ def _setup(call: Call) -> tuple[Setup, Int[Array, "B L"]]:
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     masks_BG = jnp.full((batch, geo.gen), call.model.config.mask_id, jnp.int32)
+    valid_BL = jnp.concatenate([call.mask_BP, jnp.ones_like(masks_BG, bool)], axis=1)
     setup = Setup(
         model=call.model,
         decode=call.decode,
@@ -238,7 +240,7 @@ def _setup(call: Call) -> tuple[Setup, Int[Array, "B L"]]:
         geo=geo,
         logits_processor=call.logits_processor,
         params=call.params,
-        valid_BL=jnp.concatenate([call.mask_BP, jnp.ones_like(masks_BG, bool)], axis=1),
+        slots=lay_out(call.model.config, valid_BL),
         key_B=key,
         draws=call.draws,
         numbers=call.numbers,
@@ -267,7 +269,7 @@ def _generate(
         driver = "scan" if setup.fixed_length and len(variants) == 1 else "while"
     state = _DRIVERS[driver](setup, state, variants)
     ran_T = state.variant_T >= 0
-    slots_T = jnp.where(ran_T, jnp.asarray(setup.slots)[state.variant_T], 0.0)
+    slots_T = jnp.where(ran_T, jnp.asarray(setup.widths)[state.variant_T], 0.0)
     frames = state.canvas_TBL
     if "history" in record and frames is None:
         frames = history.frames(
@@ -321,4 +323,9 @@ _DRIVERS = {"scan": _scan, "while": _while}
 
 _jit_setup = jax.jit(_setup)
 _jit_begin = jax.jit(begin)
-_jit_step = jax.jit(step, static_argnames=("variant",))
+
+
+@functools.partial(jax.jit, static_argnames=("variant",), donate_argnames=("cache",))
+def _jit_step(setup: Setup, state: DecodeState, cache: PyTree, variant: Variant) -> DecodeState:
+    """`step`, which writes into the cache where it lies; frames hold on to the rest of a state."""
+    return step(setup, state._replace(cache=cache), variant)

@@ -37,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             texts = read_texts(args) if asked else []
             rows = read_ids(args.prompt_ids) if args.prompt_ids is not None else []
 
+            from dlm_jax import compilation
             from dlm_jax.job import Job
 
+            compilation.use_cache(args.compile_cache)
             job = Job.prepare(args, texts, rows)
         except (ValueError, OSError) as error:
             return _fail(error, 2)
@@ -84,6 +86,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the parameters [as stored]",
+    )
+    add(
+        "--no-compile-cache",
+        action="store_false",
+        dest="compile_cache",
+        help="compile anew; read and keep no compiled programs",
     )
 
     add = parser.add_argument_group("prompts; several make one batch").add_argument

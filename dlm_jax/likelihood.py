@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from dlm_jax import guidance, models, queries
 from dlm_jax.estimators import ESTIMATORS, LikelihoodDraws, plan
-from dlm_jax.models.base import Config, Transformer, readout
+from dlm_jax.models.base import Config, Transformer, lay_out, readout, unembed
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params
 
 
@@ -262,14 +262,18 @@ def _log_likelihood(
     )
     if key is not None and key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    every = queries.every(valid_BL)
+    slots = lay_out(model.config, valid_BL)
+    every = queries.every(slots)
+
+    def logits(hidden_BLD: Array, slot_BW: Array) -> Float[Array, "B W V"]:
+        return unembed(model, params, readout(hidden_BLD, every, slot_BW, model.config.shift))
 
     def score(copy: tuple[Array, Array, Array]) -> Float[Array, " B"]:
         """The weighted sum over one copy of every row."""
         hidden_GBLD, slot_BW, weight_BW = copy
-        logits_BWV = readout(model, params, hidden_GBLD[0], every, slot_BW)
+        logits_BWV = logits(hidden_GBLD[0], slot_BW)
         if cfg_scale is not None:
-            free_BWV = readout(model, params, hidden_GBLD[1], every, slot_BW)
+            free_BWV = logits(hidden_GBLD[1], slot_BW)
             logits_BWV = guidance.combine(logits_BWV, free_BWV, cfg_scale)
         token_BW = queries.gather(tokens_BL, slot_BW)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits_BWV), token_BW[..., None], axis=-1)
@@ -285,12 +289,9 @@ def _log_likelihood(
             versions.append(jnp.where(in_prompt_L[None, None], model.config.mask_id, versions[0]))
         tokens_SGBL = jnp.stack(versions, axis=1)
         shape = tokens_SGBL.shape
-        valid = jnp.broadcast_to(valid_BL[None, None], shape)
+        copied = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * math.prod(shape[:2])), slots)
         hidden: Any = model.apply(
-            {"params": params},
-            tokens_SGBL.reshape(-1, shape[-1]),
-            valid.reshape(-1, shape[-1]),
-            method="encode",
+            {"params": params}, tokens_SGBL.reshape(-1, shape[-1]), copied, method="encode"
         )
         # One copy at a time: the logits of all would be the largest array by far.
         scores_SB = jax.lax.map(score, (hidden.reshape(*shape, -1), slot_SBW, weight_SBW))

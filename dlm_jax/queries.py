@@ -11,7 +11,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.typing import Array, Bool, Int, PyTree
+from dlm_jax.typing import Array, Bool, Float, Int, PyTree
+
+
+class Slots(NamedTuple):
+    """What is known of all slots, and the same in every step.
+
+    Attributes:
+      valid_BL: slots that hold a real token or a mask; the others are padding and never attended.
+      rotary_BLH: cosines, then sines, of the rotary angles of each slot (`models.base.lay_out`).
+    """
+
+    valid_BL: Bool[Array, "B L"]
+    rotary_BLH: Float[Array, "B L H"]
 
 
 class Queries(NamedTuple):
@@ -19,13 +31,17 @@ class Queries(NamedTuple):
 
     Attributes:
       index_BQ: absolute slots, ascending where they are not empty; `L` marks an empty query slot.
-      position_BQ: rotary positions of those slots, counted from a row's first real token.
-      valid_BL: slots that hold a real token or a mask; the others are padding and never attended.
+      rotary_BQH: `Slots.rotary_BLH` of those slots.
+      slots: all slots, to which the queries attend.
     """
 
     index_BQ: Int[Array, "B Q"]
-    position_BQ: Int[Array, "B Q"]
-    valid_BL: Bool[Array, "B L"]
+    rotary_BQH: Float[Array, "B Q H"]
+    slots: Slots
+
+    @property
+    def valid_BL(self) -> Bool[Array, "B L"]:
+        return self.slots.valid_BL
 
 
 def positions(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
@@ -33,22 +49,23 @@ def positions(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.maximum(jnp.cumsum(valid_BL.astype(jnp.int32), axis=-1) - 1, 0)
 
 
-def pack(mask_BL: Bool[Array, "B L"], valid_BL: Bool[Array, "B L"], capacity: int) -> Queries:
+def pack(mask_BL: Bool[Array, "B L"], slots: Slots, capacity: int) -> Queries:
     """Packs one set of positions per row into `capacity` query slots.
 
     Args:
       mask_BL: the positions to compute. No row may hold more than `capacity`.
-      valid_BL: see `Queries`.
+      slots: all slots.
       capacity: Q, static.
     """
     index_BQ = pack_index(mask_BL, capacity)
-    return Queries(index_BQ, gather(positions(valid_BL), index_BQ), valid_BL)
+    return Queries(index_BQ, gather(slots.rotary_BLH, index_BQ), slots)
 
 
-def every(valid_BL: Bool[Array, "B L"]) -> Queries:
+def every(slots: Slots) -> Queries:
     """All slots as queries, padding included: a whole forward without packing, Q = L."""
-    index_BL = jnp.broadcast_to(jnp.arange(valid_BL.shape[1], dtype=jnp.int32), valid_BL.shape)
-    return Queries(index_BL, positions(valid_BL), valid_BL)
+    shape = slots.valid_BL.shape
+    index_BL = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+    return Queries(index_BL, slots.rotary_BLH, slots)
 
 
 def pack_index(mask_BL: Bool[Array, "B L"], capacity: int) -> Int[Array, "B Q"]:

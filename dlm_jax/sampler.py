@@ -6,6 +6,7 @@ softmax; Dream's measures look at the tempered and filtered one, so that filters
 temperature 0.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -174,7 +175,7 @@ def sample(
     if temperature is not None:
         # Gumbel noise: the maximum is then a sample from the softmax.
         ranked = ranked + jnp.where(temperature > 0, _gumbel(key_BW, logits.shape[-1]), 0.0)
-    token_BW = jnp.argmax(ranked, axis=-1).astype(jnp.int32)
+    token_BW = best(ranked)
     measure = ALGORITHMS[alg]
     tempered = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
     score_BW = measure.score(Candidates(token_BW, logits, tempered, allowed))
@@ -182,6 +183,19 @@ def sample(
     if debias is not None:
         score_BW = confidence_BW = debias.calibrate(confidence_BW, token_BW)
     return Sampled(token_BW, score_BW, confidence_BW, logits, tempered)
+
+
+def best(x: Float[Array, "*W V"]) -> Int[Array, "*W"]:
+    """`argmax` over the last axis: the lowest index among equals.
+
+    In two stages, because a maximum alone is found several times as fast as one with its index.
+    """
+    size = x.shape[-1]
+    grouped = x.reshape(*x.shape[:-1], -1, math.gcd(size, 128))
+    group = jnp.argmax(jnp.max(grouped, axis=-1), axis=-1)
+    inside = jnp.take_along_axis(grouped, group[..., None, None], axis=-2)[..., 0, :]
+    index = group * grouped.shape[-1] + jnp.argmax(inside, axis=-1)
+    return index.astype(jnp.int32)
 
 
 def keep(

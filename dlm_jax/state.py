@@ -13,6 +13,7 @@ from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.config import DecodeConfig, Numbers
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Transformer
+from dlm_jax.queries import Slots
 from dlm_jax.sampler import Debias
 from dlm_jax.schedule import Schedule
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params, PyTree
@@ -51,12 +52,17 @@ class Setup:
     geo: Geometry = static()
     logits_processor: LogitsProcessor | None = static()
     params: Params
-    valid_BL: Bool[Array, "B L"]
+    slots: Slots
     key_B: Key[Array, " B"]
     draws: Draws
     """`order` is there wherever an order is drawn in advance."""
     numbers: Numbers
     token_freq_V: Float[Array, " V"] | None
+
+    @property
+    def valid_BL(self) -> Bool[Array, "B L"]:
+        """Slots that hold a token or a mask, not padding."""
+        return self.slots.valid_BL
 
     @property
     def schedule(self) -> Schedule:
@@ -80,12 +86,12 @@ class Setup:
         return Debias(self.token_freq_V, self.numbers.clip_alpha)
 
     @property
-    def slots(self) -> np.ndarray:
+    def widths(self) -> np.ndarray:
         """Query slots per row of each step shape, mean over the layers."""
         method, config, geo = self.method, self.model.config, self.geo
-        slots = [method.slots(v, config, geo) for v in method.variants(geo)]
+        widths = [method.slots(v, config, geo) for v in method.variants(geo)]
         shadows = geo.block if self.decode.strategy == "wino" else 0
-        return self.copies * (np.asarray(slots, np.float32) + shadows)
+        return self.copies * (np.asarray(widths, np.float32) + shadows)
 
     @property
     def lockstep(self) -> bool:

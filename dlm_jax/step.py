@@ -1,7 +1,7 @@
 """One denoising step: from a state to the next.
 
-    select -> pack -> walk over the layers -> logits at masks that may be filled
-           -> candidate and confidence -> which to commit -> observe -> next step or block
+    select -> pack -> walk over the layers -> hidden states at masks that may be
+    filled -> candidate and confidence -> which to commit -> observe -> next step or block
 
 The step is ids in, ids out. It knows no model and no cache method by name: whatever is static
 (model, decoding configuration, method, geometry) and whatever stays constant is in `Setup`,
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from dlm_jax import klass, progress, queries
 from dlm_jax.cache.base import Observation, Variant
 from dlm_jax.commit import commit, revoke
-from dlm_jax.forward import forward, process
-from dlm_jax.sampler import sample
-from dlm_jax.state import DecodeState, Setup, position_keys
+from dlm_jax.forward import forward
+from dlm_jax.proposals import propose
+from dlm_jax.state import DecodeState, Setup
 from dlm_jax.typing import Array, Bool, Int, PyTree
 
 
@@ -70,39 +70,31 @@ def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = 
 
 def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     """One denoising step: computes the selected positions, commits tokens, chooses the next set."""
-    method, geo, decode = setup.method, setup.geo, setup.decode
+    method, geo = setup.method, setup.geo
     mask_id = setup.model.config.mask_id
     rows, most_B = progress.rows(setup, state)
     active_B = jnp.any(rows.eligible_L, axis=-1)
 
     # Network and candidates: what the model would put where.
     seen = forward(setup, state, rows, variant)
-    sampled = sample(
-        process(setup, state, seen),
-        position_keys(setup, state.step_B, seen.slot_BW),
-        alg=decode.alg,
-        banned=mask_id if decode.ban_mask else None,
-        debias=setup.debias,
-        **setup.numbers.sampling(),
-    )
+    proposed = propose(setup, state, seen)
     nowhere_BL = jnp.full(state.tokens_BL.shape, -jnp.inf, jnp.float32)
-    confidence_BL = queries.scatter(nowhere_BL, sampled.confidence, seen.slot_BW)
+    confidence_BL = queries.scatter(nowhere_BL, proposed.confidence, seen.slot_BW)
     confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
 
     # Commit.
     stability = state.stability
-    if stability is not None:
-        stability = klass.update(stability, sampled.tempered, seen.slot_BW, active_B, geo.length)
-    commit_BL = commit(setup, state, stability, rows, most_B, seen, sampled)
+    if stability is not None and proposed.tempered is not None:
+        stability = klass.update(stability, proposed.tempered, seen.slot_BW, active_B, geo.length)
+    commit_BL = commit(setup, state, stability, rows, most_B, seen, proposed)
     tokens_BL = jnp.where(
-        commit_BL, queries.scatter(state.tokens_BL, sampled.token, seen.slot_BW), state.tokens_BL
+        commit_BL, queries.scatter(state.tokens_BL, proposed.token, seen.slot_BW), state.tokens_BL
     )
     # Where the mask token is not banned it may be chosen; the position is then still a mask.
     final_BL = commit_BL & (tokens_BL != mask_id)
     committed_at_BL = jnp.where(final_BL, state.nfe, state.committed_at_BL)
-    narrow_out_thres = setup.numbers.narrow_out_thres
-    if narrow_out_thres is not None:
-        revoked_BL = revoke(setup, state, rows, commit_BL, seen, sampled, narrow_out_thres)
+    if proposed.standing is not None:
+        revoked_BL = revoke(setup, state, rows, commit_BL, seen, proposed.standing)
         tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
         committed_at_BL = jnp.where(revoked_BL, -1, committed_at_BL)
 

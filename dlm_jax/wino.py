@@ -13,7 +13,7 @@ from dlm_jax import queries as queries_lib
 from dlm_jax import unmask
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Transformer
-from dlm_jax.queries import Queries
+from dlm_jax.queries import Queries, Slots
 from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
 
 
@@ -30,24 +30,24 @@ def predict(
     params: Params,
     tokens_BL: Int[Array, "B L"],
     selected_BL: Bool[Array, "B L"],
-    valid_BL: Bool[Array, "B L"],
+    slots: Slots,
     slot_BS: Int[Array, "B S"],
-) -> Float[Array, "B S V"]:
-    """Float32 logits over the block: at masks as always, at tokens those of their shadows.
+) -> Float[Array, "B S D"]:
+    """Hidden states that predict the block: at masks as always, at tokens those of their shadows.
 
     Args:
       tokens_BL: the canvas.
       selected_BL: what is computed of it.
-      valid_BL: slots that are not padding.
+      slots: all slots of the canvas.
       slot_BS: the block; L for rows that are not active.
     """
     config, length = model.config, tokens_BL.shape[1]
     index_BQ = jnp.concatenate([queries_lib.pack_index(selected_BL, length), slot_BS], axis=1)
-    position_BQ = queries_lib.gather(queries_lib.positions(valid_BL), index_BQ)
+    rotary_BQH = queries_lib.gather(slots.rotary_BLH, index_BQ)
     walked: Any = model.apply(
         {"params": params},
         jnp.concatenate([tokens_BL, jnp.full_like(slot_BS, config.mask_id)], axis=1),
-        Queries(index_BQ, position_BQ, valid_BL),
+        Queries(index_BQ, rotary_BQH, slots),
         ((),) * config.num_layers,
         (),
         ((0, config.num_layers, _layer),),
@@ -56,9 +56,7 @@ def predict(
     hidden_BQD, _, _ = walked
     masked_BS = queries_lib.gather(tokens_BL, slot_BS) == config.mask_id
     shadow_BS = length + jnp.broadcast_to(jnp.arange(slot_BS.shape[1]), slot_BS.shape)
-    hidden_BSD = queries_lib.gather(hidden_BQD, jnp.where(masked_BS, slot_BS, shadow_BS))
-    logits: Any = model.apply({"params": params}, hidden_BSD, method="unembed")
-    return logits
+    return queries_lib.gather(hidden_BQD, jnp.where(masked_BS, slot_BS, shadow_BS))
 
 
 def _layer(
@@ -75,8 +73,8 @@ def _layer(
         shadow_Q[:, None] & ~shadow_Q[None]
     )[None]
     normed = block.norm(hidden)
-    q = block.query(normed, queries.position_BQ)
-    k = block.key(normed, queries.position_BQ)
+    q = block.query(normed, queries.rotary_BQH)
+    k = block.key(normed, queries.rotary_BQH)
     v = block.value(normed)
     seen_BQQ = real_BQ[:, None, :] & ~hidden_QQ[None] & ~own_BQQ
     out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen_BQQ)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from train_tiny import accuracy, write_json
 
-from dlm_jax import DecodeConfig, cache, checkpoint, diffusion_generate, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_generate, tokenizer
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
@@ -303,6 +303,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse(argv)
+    compilation.use_cache()
     try:
         check(args)
         drawn = list(itertools.islice(problems(args.seed, "heldout"), args.problems))

@@ -1,125 +1,64 @@
-"""Measures generation speed with each cache method, beside what its FLOPs promise.
+"""Measures generation speed with each cache method, beside what the device could do at best.
 
-    python scripts/bench.py --batch 1 4 --json bench.json
-    python scripts/bench.py --caches dual,dllm:kp=100+rou=0.1 --gen-length 64
+    python scripts/bench.py --batch 1 4 --json bench.json --plot bench.png
+    python scripts/bench.py --caches dual,dllm:kp=100+rou=0.1 --gen-length 64 128
+    python scripts/bench.py --preset llada-8b --prompt-length 512 --gen-length 512 --dry-run
 
 Every cache generates after the same random prompts, with random weights unless --preset names a
 checkpoint. Programs are compiled ahead of time and run for a few forwards first; then each round
 runs every cache once, so that whatever slows the machine for a while slows all of them. `none`
-always runs, as the baseline. Times are medians over the rounds.
+always runs, as the baseline. Times are medians over the rounds. A round of a program is a whole
+generation, a run of its first forward only and a run of none; `bench_report.describe` says how the
+time of a full forward and of a cached step follow from these three. What the host does once per run
+is therefore in the seconds and tokens/s, but not in the time of a forward.
 
 The predicted speed-up is a ratio of matrix-product FLOPs, counted in the jaxpr of each step shape
-and summed over the forwards that really ran. Random weights attend to everything alike, so what
-methods that choose by attention gain here is not what they gain on a trained model.
+and summed over the forwards that really ran; the limit is the least time these forwards can take
+(`roofline.py`). Random weights attend to everything alike, so what methods that choose by attention
+gain here is not what they gain on a trained model.
+
+--dry-run compiles the same programs for shapes alone and says what they need; no weights are made.
 """
 
 import argparse
 import dataclasses
 import functools
-import json
+import itertools
 import math
 import os
 import shlex
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
+import bench_report
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_weights
+from bench_report import COUNTED, MEASURED, Case, Row
+from bench_run import Inputs, dry_run, measure, note, profile
+from roofline import Ceilings, step_products
+from train_tiny import write_json
 
 from dlm_jax import cache as cache_lib
-from dlm_jax import checkpoint, models
-from dlm_jax.arguments import Call, prepare
+from dlm_jax import checkpoint, compilation, models
+from dlm_jax.arguments import prepare
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cache.base import Variant
 from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import GenerateOutput, _setup, diffusion_generate
 from dlm_jax.models import Config, Transformer
-from dlm_jax.state import DecodeState
-from dlm_jax.step import begin, step
-from dlm_jax.typing import Array, Params
+from dlm_jax.typing import Params
 
-FIRST_FORWARDS = 8
-"""Of the run that warms a program up, and of the one that is traced."""
-COLUMNS = (
-    ("cache", "cache", "{}"),
-    ("batch", "batch", "{}"),
-    ("compile s", "compile_s", "{:.1f}"),
-    ("seconds", "seconds", "{:.2f}"),
-    ("ms/step", "ms_per_step", "{:.2f}"),
-    ("tokens/s", "tokens_per_s", "{:.1f}"),
-    ("positions/token", "positions_per_token", "{:.1f}"),
-    ("waste", "waste", "{:.1%}"),
-    ("speed-up", "speedup", "{:.2f}"),
-    ("predicted", "predicted_speedup", "{:.2f}"),
-    ("ratio", "measured_to_predicted", "{:.2f}"),
-)
-"""Heading, key of the row, format."""
-
-Run = Callable[..., tuple[GenerateOutput, float]]
-"""A compiled generation, of at most so many forwards if told: its result and its seconds."""
-Row = dict[str, Any]
-"""What was measured of one cache at one batch size; an element of `rows` in the JSON file."""
+ALIASES = {"llada-8b": "llada-8b-instruct", "dream-7b": "dream-v0-instruct-7b"}
+"""Short names of presets."""
+LARGE = 10**9
+"""Models of so many parameters are measured in bfloat16 unless the user says otherwise."""
+H200 = Ceilings(flops=790e12, bytes=4.3e12)
+"""Measured on such a card in bfloat16: what a dry run assumes."""
 
 
-class Case(NamedTuple):
-    """A cache method to measure."""
-
-    label: str
-    method: CacheMethod
-    decode: DecodeConfig
-    flops: list[int]
-    """What `step_flops` says."""
-
-
-class Inputs(NamedTuple):
-    """What all cases of a batch size share."""
-
-    model: Transformer
-    params: Params
-    prompt_BP: np.ndarray
-    key: Array
-
-
-def count_flops(jaxpr: Any) -> int:
-    """FLOPs of all matrix products in a jaxpr: 2 M N K each, bodies of loops once per turn."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        kind = eqn.primitive.name
-        if kind == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * depth
-        values = jax.tree.leaves(list(eqn.params.values()))
-        inner = [count_flops(value) for value in values if hasattr(value, "eqns")]
-        if kind == "while" and any(inner):
-            raise ValueError("A loop of unknown length holds matrix products; they have no number.")
-        total += max(inner) if kind == "cond" else sum(inner) * eqn.params.get("length", 1)
-    return total
-
-
-def step_flops(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> list[int]:
-    """FLOPs per row of one step of each shape, in the order of the variants; computes nothing.
-
-    Rows do not interact, so the first one tells the cost of all; `inputs.params` may be shapes.
-
-    Raises:
-      ValueError: the arguments do not fit each other.
-    """
-    model, params, prompt_BP, key = inputs
-    call = prepare(params, model, prompt_BP[:1], None, key, decode, method)
-    geo = decode.geometry(prompt=prompt_BP.shape[1], shift=model.config.shift)
-
-    def first_step(call: Call, *, variant: Variant) -> DecodeState:
-        setup, tokens_BL = _setup(call)
-        return step(setup, begin(setup, tokens_BL), variant)  # no products before the step
-
-    steps = [functools.partial(first_step, variant=variant) for variant in method.variants(geo)]
-    return [count_flops(jax.make_jaxpr(one)(call).jaxpr) for one in steps]
+# --- what is measured -----------------------------------------------------------------------------
 
 
 def parse_caches(text: str) -> dict[str, CacheMethod]:
@@ -150,9 +89,10 @@ def _parse_cache(label: str) -> CacheMethod:
 
 def open_config(preset: str) -> tuple[Config, Path | None]:
     """The configuration of a preset, or of a checkpoint with its directory; reads no weights."""
-    if preset in models.PRESETS:
-        return models.PRESETS[preset], None
-    known = [*models.PRESETS, *checkpoint.embedded()]
+    name = ALIASES.get(preset, preset)
+    if name in models.PRESETS:
+        return models.PRESETS[name], None
+    known = [*ALIASES, *models.PRESETS, *checkpoint.embedded()]
     if preset not in known and not Path(preset).is_dir():
         raise ValueError(
             f"--preset is {preset!r}; it must be a checkpoint directory or one of "
@@ -162,9 +102,8 @@ def open_config(preset: str) -> tuple[Config, Path | None]:
     return checkpoint.inspect(directory).config, directory
 
 
-def make_decode(args: argparse.Namespace) -> DecodeConfig:
+def make_decode(gen: int, block: int, per_step: int) -> DecodeConfig:
     """The even schedule for every family, so that all steps commit alike."""
-    gen, block, per_step = args.gen_length, args.block_length, args.tokens_per_step
     if block % per_step:
         raise ValueError(
             f"--tokens-per-step is {per_step}; it must divide --block-length, {block}."
@@ -191,118 +130,145 @@ def random_prompts(config: Config, batch: int, length: int, seed: int) -> np.nda
     return (ids_BP + (ids_BP >= config.mask_id)).astype(np.int32)
 
 
-def initialiser(config: Config, dtype: np.dtype) -> Callable[[Array], Params]:
-    """Key -> random parameters, made on the device in their final dtype."""
-    model = Transformer(config, param_dtype=dtype)
-    return jax.jit(lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple[int, list[Case]]]:
+    """Prompt length and cases, products still to be counted, for each pair of lengths.
+
+    Raises:
+      ValueError: settings that do not fit each other.
+    """
+    methods, plans = parse_caches(args.caches), []
+    for prompt, gen in itertools.product(args.prompt_length, args.gen_length):
+        decode, cases = make_decode(gen, args.block_length, args.tokens_per_step), []
+        prompt_1P = random_prompts(config, 1, prompt, args.seed)
+        for label, method in methods.items():
+            own = suited(method, config, decode)
+            prepare(shapes, Transformer(config), prompt_1P, None, jax.random.key(0), own, method)
+            cases.append(Case(label, method, own, []))
+        plans.append((prompt, cases))
+    return plans
 
 
-def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> tuple[Run, float]:
-    """A generation of at most so many forwards, and the seconds that compiling it took."""
-    model, params, prompt_BP, key = inputs
-
-    def generate(params: Params, prompt_BP: Array, key: Array, limit: Array) -> GenerateOutput:
-        limited = dataclasses.replace(decode, max_forwards=limit)
-        return diffusion_generate(params, model, prompt_BP, key=key, decode=limited, cache=method)
-
-    start = time.perf_counter()
-    program = jax.jit(generate).lower(params, prompt_BP, key, np.int32(1)).compile()
-    seconds = time.perf_counter() - start
-
-    def run(limit: int = np.iinfo(np.int32).max) -> tuple[GenerateOutput, float]:
-        start = time.perf_counter()
-        out = jax.block_until_ready(program(params, prompt_BP, key, np.int32(limit)))
-        return out, time.perf_counter() - start
-
-    return run, seconds
-
-
-def measure(cases: Sequence[Case], inputs: Inputs, repeat: int) -> list[Row]:
-    """Compiles all cases for one batch, warms them up and times them in turns; one row each."""
-    programs = []
-    for i, case in enumerate(cases, 1):
-        run, seconds = compile_ahead(inputs, case.decode, case.method)
-        _, first = run(FIRST_FORWARDS)
-        programs.append((case, run, seconds))
-        _note(
-            f"batch {len(inputs.prompt_BP)}, {i}/{len(cases)} {case.label}: compiled in "
-            f"{seconds:.1f} s, {FIRST_FORWARDS} forwards in {first:.2f} s"
-        )
-    rounds = []
-    for i in range(repeat):
-        rounds.append([run() for _, run, _ in programs])
-        _note(f"batch {len(inputs.prompt_BP)}, round {i + 1}/{repeat} done")
-    rows = [
-        describe(case, jax.device_get(done[0][0]), compile_s, [seconds for _, seconds in done])
-        for (case, _, compile_s), done in zip(programs, zip(*rounds, strict=True), strict=True)
+def needed_bytes(
+    config: Config, shapes: Params, plans: Sequence[tuple[int, list[Case]]], batch: int
+) -> int:
+    """Of the parameters and the largest cache: less than any run takes."""
+    dtype = jax.tree.leaves(shapes)[0].dtype
+    caches = [
+        jax.eval_shape(functools.partial(case.method.init_cache, config, geo, batch, dtype))
+        for prompt, cases in plans
+        for case in cases
+        for geo in [case.decode.geometry(prompt=prompt, shift=config.shift)]
     ]
-    return [compare(row, rows[0]) for row in rows]
+    # XLA's CPU backend multiplies halves as float32, and keeps such a copy of every kernel.
+    copies = 3 if jax.default_backend() == "cpu" and dtype.itemsize == 2 else 1
+    return copies * _bytes(shapes) + max(map(_bytes, caches))
 
 
-def describe(case: Case, out: GenerateOutput, compile_s: float, seconds: Sequence[float]) -> Row:
-    """What one case did: its times, the positions it computed and its FLOPs."""
-    batch, gen, nfe = len(out.tokens), case.decode.gen_length, int(out.nfe)
-    slots_T = np.asarray(out.positions_computed[:nfe, 0])
-    computed, asked = float(slots_T.sum()), float(out.positions_asked[:nfe].mean(axis=1).sum())
-    median = statistics.median(seconds)
-    sizes, counts = np.unique(slots_T, return_counts=True)
-    return {
-        "cache": case.label,
-        "batch": batch,
-        "alg": case.decode.alg,
-        "compile_s": compile_s,
-        "seconds": median,
-        "seconds_all": list(seconds),
-        "forwards": nfe,
-        "forwards_by_positions": dict(zip(map("{:g}".format, sizes), counts.tolist(), strict=True)),
-        "ms_per_step": 1e3 * median / nfe,
-        "tokens_per_s": batch * gen / median,
-        "positions_per_token": computed / gen,
-        "waste": (computed - asked) / computed,
-        "gflop_per_token": sum(case.flops[variant] for variant in out.variant[:nfe]) / gen / 1e9,
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def bench(args: argparse.Namespace, command: str) -> None:
+    """Checks everything, then measures and writes.
+
+    Raises:
+      ValueError, OSError: what is wrong, in one sentence; before any long work.
+    """
+    compilation.use_cache(args.compile_cache)
+    config, directory = open_config(args.preset)
+    dtype = choose_dtype(args.dtype, config)
+    shapes = random_weights.shapes(config, dtype)
+    plans = plan(args, config, shapes)
+    check_outputs(args)
+    if not args.dry_run:
+        check_memory(needed_bytes(config, shapes, plans, max(args.batch)), args.preset, dtype)
+    model, key = Transformer(config), jax.random.key(args.seed)
+    if args.dry_run:
+        params = shapes
+    elif directory is not None:
+        params = checkpoint.load(directory, dtype=dtype).params
+    else:
+        params = jax.block_until_ready(random_weights.make(config, dtype, key))
+
+    rows: list[Row] = []
+    document: dict[str, Any] = {
+        "command": command,
+        "device": None if args.dry_run else jax.devices()[0].device_kind,
+        "host_cores": len(os.sched_getaffinity(0)),
+        "jax": jax.__version__,
+        "preset": args.preset,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)),
+        "dtype": dtype.name,
+        "ceilings_measured": not (args.ceilings or args.dry_run),
+        "rows": rows,
     }
+    same = {name: getattr(args, name) for name in ("block_length", "tokens_per_step")}
+    for prompt, planned in plans:
+        prompts = random_prompts(config, max(args.batch), prompt, args.seed)
+        cases = [
+            case._replace(steps=step_products(model, shapes, prompts, case.decode, case.method))
+            for case in planned
+        ]
+        for batch in args.batch:
+            inputs = Inputs(model, params, prompts[:batch], key)
+            done = (
+                dry_run(cases, inputs, args.ceilings or H200)
+                if args.dry_run
+                else measure(cases, inputs, args.repeat, args.ceilings)
+            )
+            for row in done:
+                rows.append(row | {"prompt_length": prompt, "dtype": dtype.name} | same)
+                if args.json is not None:  # after every row: the whole may take long
+                    write_json(args.json, document)
+    print(bench_report.table(rows, COUNTED if args.dry_run else MEASURED))
+    if args.plot is not None:
+        title = f"{args.preset}, {dtype.name}, on {document['device']}"
+        bench_report.draw(rows, title, args.plot)
+    if args.profile is not None:
+        profile(cases[-1], inputs, args.profile)
 
 
-def compare(row: Row, baseline: Row) -> Row:
-    """The row with its speed-up over the baseline, measured and predicted from FLOPs."""
-    speedup = baseline["seconds"] / row["seconds"]
-    predicted = baseline["gflop_per_token"] / row["gflop_per_token"]
-    return row | dict(
-        speedup=speedup, predicted_speedup=predicted, measured_to_predicted=speedup / predicted
-    )
+def choose_dtype(name: str | None, config: Config) -> np.dtype:
+    """What the user says; else float32 on a CPU, bfloat16 for large models and on other devices."""
+    size = sum(map(math.prod, models.param_shapes(config).values()))
+    small = size < LARGE and jax.default_backend() == "cpu"
+    return jnp.dtype(name or ("float32" if small else "bfloat16"))
 
 
-def profile(case: Case, inputs: Inputs, directory: Path) -> None:
-    """Writes a profiler trace of the first few steps of a case."""
-    run, _ = compile_ahead(inputs, case.decode, case.method)
-    run(FIRST_FORWARDS)
-    with jax.profiler.trace(directory):
-        run(FIRST_FORWARDS)
-    _note(f"traced {FIRST_FORWARDS} forwards of {case.label}, batch {len(inputs.prompt_BP)}")
+def check_memory(needed: int, preset: str, dtype: np.dtype) -> None:
+    """Refuses what is larger than the memory of the device."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > limit:
+        raise ValueError(
+            f"Parameters and cache of {preset} in {dtype.name} take {needed / 2**30:.1f} GiB, and "
+            f"the device has {limit / 2**30:.1f} GiB; take less, or --dry-run."
+        )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text under their headings."""
-    cells = [[heading for heading, _, _ in COLUMNS]]
-    cells += [[form.format(row[key]) for _, key, form in COLUMNS] for row in rows]
-    first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join([name.ljust(first), *map(str.rjust, numbers, others)]) for name, *numbers in cells
-    )
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Writes under another name and moves the file into place when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses targets that cannot be written, or not by this run."""
+    if args.dry_run and (args.plot or args.profile):
+        raise ValueError("--dry-run measures nothing; leave --plot and --profile out.")
+    if args.plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
+        if args.plot.suffix != ".png":
+            raise ValueError(f"--plot is {args.plot}; it must name a PNG file.")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is None:
+            continue
+        usable = path.is_file() or not (path.exists() or path.is_symlink())
+        if not (usable and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
+            raise ValueError(f"{option} is {path}; it must be a file in a writable directory.")
+    if args.profile is not None:
+        args.profile.mkdir(parents=True, exist_ok=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -318,6 +284,16 @@ def _whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
+def _ceilings(text: str) -> Ceilings:
+    try:
+        tera = [float(part) for part in text.split(",")]
+    except ValueError:
+        tera = []
+    if len(tera) != 2 or not all(0 < rate < math.inf for rate in tera):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two positive numbers, as in 790,4.3")
+    return Ceilings(flops=1e12 * tera[0], bytes=1e12 * tera[1])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
     layout = argparse.RawDescriptionHelpFormatter
@@ -325,71 +301,38 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="bench.py", description=__doc__, formatter_class=layout, allow_abbrev=False
     )
     add, positive = parser.add_argument, functools.partial(_whole, least=1)
+    some = dict(type=positive, nargs="+")
     add("--preset", default="bench-60m", help="preset, embedded model or checkpoint directory")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the parameters")
-    add("--batch", type=positive, nargs="+", default=[1], metavar="B", help="batch sizes")
-    add("--prompt-length", type=positive, default=128, metavar="P")
-    add("--gen-length", type=positive, default=256, metavar="G")
-    add("--block-length", type=positive, default=32, metavar="N")
-    add("--tokens-per-step", type=positive, default=1, metavar="N")
-    add("--caches", default="all", metavar="LIST", help="name[:k=v+k=v],... or all")
-    add("--repeat", type=positive, default=3, metavar="N", help="timed runs of each cache")
-    add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the parameters [float32 for small models on a CPU, else bfloat16]",
+    )
+    add("--batch", **some, default=[1], metavar="B", help="batch sizes [1]")
+    add("--prompt-length", **some, default=[128], metavar="P", help="lengths [128]")
+    add("--gen-length", **some, default=[256], metavar="G", help="tokens to generate [256]")
+    add("--block-length", type=positive, default=32, metavar="N", help="tokens per block [32]")
+    add("--tokens-per-step", type=positive, default=1, metavar="N", help="tokens per step [1]")
+    add("--caches", default="all", metavar="LIST", help="name[:k=v+k=v],... or all [all]")
+    add("--repeat", type=positive, default=3, metavar="N", help="rounds [3]")
+    add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts [0]")
     add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
-    add("--profile", type=Path, metavar="DIR", help="write a trace of the last cache's first steps")
+    add("--plot", type=Path, metavar="FILE.png", help="draw speed-ups and shares of the limit")
+    add("--profile", type=Path, metavar="DIR", help="write a trace of a cached step, last cache")
+    add(
+        "--no-compile-cache",
+        action="store_false",
+        dest="compile_cache",
+        help="compile anew; read and keep no compiled programs",
+    )
+    add("--dry-run", action="store_true", help="compile for shapes and count; make no weights")
+    add(
+        "--ceilings",
+        type=_ceilings,
+        metavar="TFLOPS,TBPS",
+        help="of the device [measured; an H200's, 790,4.3, in a dry run]",
+    )
     return parser.parse_args(argv)
-
-
-def check_json(path: Path) -> None:
-    """Refuses a target that cannot be written."""
-    usable = path.is_file() or not (path.exists() or path.is_symlink())
-    if not (usable and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-        raise ValueError(f"--json is {path}; it must be a file in a writable directory.")
-
-
-def bench(args: argparse.Namespace, command: str) -> None:
-    """Checks everything, then measures and writes.
-
-    Raises:
-      ValueError, OSError: what is wrong, in one sentence; before any long work.
-    """
-    config, directory = open_config(args.preset)
-    model, dtype, decode = Transformer(config), jnp.dtype(args.dtype), make_decode(args)
-    methods = parse_caches(args.caches)
-    decodes = [suited(method, config, decode) for method in methods.values()]
-    if args.json is not None:
-        check_json(args.json)
-    if args.profile is not None:
-        args.profile.mkdir(parents=True, exist_ok=True)
-    init, key = initialiser(config, dtype), jax.random.key(args.seed)
-    shapes = jax.eval_shape(init, key)
-    prompts = [random_prompts(config, batch, args.prompt_length, args.seed) for batch in args.batch]
-    first = Inputs(model, shapes, prompts[0], key)
-    cases = [
-        Case(label, method, own, step_flops(first, own, method))
-        for (label, method), own in zip(methods.items(), decodes, strict=True)
-    ]
-
-    params = checkpoint.load(directory, dtype=dtype).params if directory else init(key)
-    names = ("preset", "prompt_length", "gen_length", "block_length", "tokens_per_step")
-    document: dict[str, Any] = {
-        "command": command,
-        "device": jax.devices()[0].device_kind,
-        "host_cores": len(os.sched_getaffinity(0)),
-        "jax": jax.__version__,
-        "dtype": args.dtype,
-        "shapes": {name: getattr(args, name) for name in names}
-        | {"parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes))},
-        "rows": [],
-    }
-    batches = [Inputs(model, params, prompt_BP, key) for prompt_BP in prompts]
-    for inputs in batches:
-        document["rows"] += measure(cases, inputs, args.repeat)
-        if args.json is not None:
-            write_json(args.json, document)
-    print(table(document["rows"]))
-    if args.profile is not None:
-        profile(cases[-1], batches[-1], args.profile)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -399,8 +342,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bench(args, shlex.join(["python", "scripts/bench.py", *given]))
     except (ValueError, OSError) as error:
-        _note(f"bench.py: {' '.join(str(error).split())}")
+        note(f"bench.py: {' '.join(str(error).split())}")
         return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        note("bench.py: Not enough memory; take smaller batches or shorter sequences.")
+        return 1
     return 0
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import dlm_jax
-from dlm_jax import DecodeConfig, cache, checkpoint, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
 from dlm_jax.cache import CacheMethod
 from dlm_jax.generate import QUESTION
 
@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--block-length", type=int, default=16)
     args = parser.parse_args(argv)
+    compilation.use_cache()
     names = list(cache.METHODS) if args.caches == "all" else args.caches.split(",")
     try:
         import matplotlib  # noqa: F401

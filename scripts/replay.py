@@ -27,6 +27,7 @@ from golden_args import Unsupported, translate
 from golden_likelihood import translate_likelihood
 
 import dlm_jax
+from dlm_jax import compilation
 from dlm_jax.typing import Params
 
 Generated = Any
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=Path, required=True, metavar="DIR")
     parser.add_argument("cases", type=Path, nargs="+", metavar="CASE.json|DIR")
     args = parser.parse_args(argv)
+    compilation.use_cache()
     jax.config.update("jax_default_matmul_precision", "highest")
     counts = dict(passed=0, failed=0, unsupported=0)
     try:

@@ -32,7 +32,7 @@ import numpy as np
 from accuracy import SUREST, check, encode, make_parser, solve
 from train_tiny import accuracy, write, write_json
 
-from dlm_jax import DecodeConfig, cache, checkpoint, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
@@ -304,6 +304,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse(argv)
+    compilation.use_cache()
     try:
         check(args)
         if args.plot is not None:

@@ -48,7 +48,7 @@ from tiny_recipe import (
 )
 from tokenizers import Tokenizer
 
-from dlm_jax import Config, DecodeConfig, Transformer, diffusion_generate, load
+from dlm_jax import Config, DecodeConfig, Transformer, compilation, diffusion_generate, load
 from dlm_jax.arithmetic import Problem, extract_answer
 from dlm_jax.models import config_to_hf, params_to_hf
 from dlm_jax.tokenizer import pad, until_eos
@@ -408,6 +408,7 @@ def main() -> int:
     add("--evaluate", type=int, metavar="N", help="solve N held-out problems instead of training")
     add("--gen-length", type=int, default=40, help="canvas of the evaluation (default: 40)")
     args = parser.parse_args()
+    compilation.use_cache()
     out = args.out or ASSETS / f"{args.family}-tiny-math"
     try:
         if args.evaluate is not None:

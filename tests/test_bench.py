@@ -1,96 +1,38 @@
-"""The benchmark: its FLOP counts against counts by hand, its refusals, and what it writes."""
+"""The benchmark: what it makes of its measurements, its refusals, and what it writes."""
 
+import contextlib
 import json
+import re
 
 import bench
+import bench_report
+import bench_run
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import prompts, small_config
+import random_weights
+import trace_summary
+from bench_report import Case, Times
+from conftest import ROOT, prompts, small_config
+from roofline import Ceilings, Product
+from test_roofline import BLOCK, DECODE, G, L, P, flops_by_hand
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
-from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import GenerateOutput
 from dlm_jax.models import Transformer
+from dlm_jax.step import step
 
-P, G, BLOCK = 6, 8, 4
-L = P + G
-DECODE = DecodeConfig(gen_length=G, block_length=BLOCK, steps=G)
 SMALL = [
     *("--preset", "small", "--prompt-length", str(P), "--gen-length", str(G)),
-    *("--block-length", str(BLOCK), "--repeat", "2"),
+    *("--block-length", str(BLOCK), "--repeat", "2", "--ceilings", "0.1,0.02"),
 ]
 
 
 @pytest.fixture(autouse=True)
 def small_preset(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "small", small_config(num_layers=1))
-
-
-def step_flops(method, config, batch=1):
-    shapes = jax.eval_shape(bench.initialiser(config, np.dtype(np.float32)), jax.random.key(0))
-    inputs = bench.Inputs(Transformer(config), shapes, prompts(batch, P), jax.random.key(0))
-    return bench.step_flops(inputs, DECODE, method)
-
-
-def by_hand(config, size, *, read):
-    """Matrix products of `size` queries that attend to all slots, and of `read` rows of logits."""
-    c = config
-    attended = L * c.num_heads * c.head_dim
-    per_query = (
-        2 * c.width * c.num_heads * c.head_dim  # query and output projections
-        + 2 * c.width * c.num_kv_heads * c.head_dim  # key and value projections
-        + 2 * attended  # scores and sums of values
-        + 3 * c.width * c.mlp_width
-    )
-    return 2 * (size * c.num_layers * per_query + read * c.width * c.vocab_size)
-
-
-def test_flops_of_products_in_loops_and_branches():
-    x_MK, x_KN = jnp.ones((3, 5)), jnp.ones((5, 7))
-
-    def once(_):
-        return jnp.einsum("MK,KN->MN", x_MK, x_KN)
-
-    def flops(function):
-        return bench.count_flops(jax.make_jaxpr(function)(jnp.float32(1)).jaxpr)
-
-    assert flops(once) == 2 * 3 * 5 * 7
-    assert flops(jax.jit(once)) == flops(jax.checkpoint(once)) == flops(once)
-    assert flops(jax.vmap(once, axis_size=4, in_axes=None)) == flops(once)
-    assert flops(
-        lambda x: jnp.einsum("BMK,BKN->BMN", jnp.ones((4, 3, 5)), jnp.ones((4, 5, 7)))
-    ) == (4 * flops(once))
-    assert flops(lambda x: jax.lax.scan(lambda c, _: (c, once(c)), x, length=6)) == 6 * flops(once)
-    assert flops(lambda x: jax.lax.cond(x > 0, once, lambda x: jnp.zeros((3, 7)), x)) == flops(once)
-    with pytest.raises(ValueError, match="unknown length"):
-        flops(lambda x: jax.lax.while_loop(lambda c: c < 9, lambda c: c + once(c).sum(), x))
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_flops_of_steps(family):
-    config = small_config(family)
-    full = by_hand(config, L, read=BLOCK)
-    assert step_flops(cache_lib.NoCache(), config) == [full]
-    assert step_flops(cache_lib.NoCache(), config, batch=3) == [full]  # per row
-    assert step_flops(cache_lib.Dual(), config) == [by_hand(config, BLOCK, read=BLOCK), full]
-
-
-def test_flops_of_steps_that_refresh_part_of_a_layer():
-    config, one_layer = small_config(), small_config(num_layers=1)
-    changed = G // 2
-    flops = step_flops(cache_lib.DLLMCache(rou=0.5), config)
-    values = 2 * config.width * config.num_kv_heads * config.head_dim  # of one position
-    full = by_hand(one_layer, L, read=BLOCK)  # the first layer always is
-    # Values of the whole response, or of everything, tell what changed.
-    assert flops == [
-        full + by_hand(one_layer, changed, read=0) + (G - changed) * values,
-        full + by_hand(one_layer, P + changed, read=0) + (G - changed) * values,
-        full + by_hand(one_layer, G, read=0),
-        by_hand(config, L, read=BLOCK),
-    ]
 
 
 def test_caches_by_name():
@@ -114,68 +56,271 @@ def test_a_method_that_must_know_the_order():
     assert bench.suited(cache_lib.Dual(), config, DECODE) == DECODE
 
 
-def test_weights_are_made_in_their_dtype():
-    init = bench.initialiser(small_config(), jnp.dtype("bfloat16"))
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {"bfloat16"}
+def test_weights():
+    config = small_config("dream", width=64, mlp_width=96, head_dim=16)
+    dtype = jnp.dtype("bfloat16")
+    params = random_weights.make(config, dtype, jax.random.key(0))
+    shapes = random_weights.shapes(config, dtype)
+    assert jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params) == shapes
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {dtype}
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in models.flatten(params).items()}
+    assert (flat["final_norm/scale"] == 1).all() and not flat["blocks_0/q/bias"].any()
+    for layer, inputs in dict(q=64, k=64, o=4 * 16, gate=64, down=96).items():
+        kernel = flat[f"blocks_1/{layer}/kernel"]
+        assert kernel.std() == pytest.approx(inputs**-0.5, rel=0.1), layer
+        assert (kernel != flat[f"blocks_0/{layer}/kernel"]).mean() > 0.9
+    assert flat["head/kernel"].std() == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_large_weights_are_drawn_in_pieces(monkeypatch):
+    monkeypatch.setattr(random_weights, "_PIECE", 2**8)
+    shape, dtype = (96, 512), jnp.dtype("float32")
+    lowered = random_weights.normal.lower(jax.random.key(0), shape, dtype, 0.5)
+    stats = lowered.compile().memory_analysis()
+    assert stats.temp_size_in_bytes < stats.output_size_in_bytes / 4
+    drawn = random_weights.normal(jax.random.key(0), shape, dtype, 0.5)
+    assert drawn.std() == pytest.approx(0.5, rel=0.05)
+    assert len(np.unique(drawn)) > 0.9 * drawn.size  # no piece is the copy of another
+
+
+OUT = GenerateOutput(
+    tokens=np.zeros((2, L), np.int32),
+    committed_at=np.zeros((2, L), np.int32),
+    confidence=np.zeros((2, L), np.float32),
+    nfe=np.int32(3),
+    steps=np.int32([3, 3]),
+    history=None,
+    positions_asked=np.float32([[10, 10], [3, 4], [2, 1], [0, 0]]),
+    positions_computed=np.float32([[10, 10], [4, 4], [4, 4], [0, 0]]),
+    variant=np.int32([1, 0, 0, -1]),
+    computed=None,
+    computed_layers=None,
+    state=None,
+)
+"""Two rows, three forwards out of at most four: 10, 4 and 4 query slots for what was asked."""
+STEPS = [[Product(10**9, 0, 10**6)], [Product(6 * 10**9, 0, 0)]]
+"""A cached step, here bound by bytes, and a full one, bound by FLOPs."""
+CEILINGS = Ceilings(flops=24e9, bytes=4e6)
+CASE = Case("x", cache_lib.Dual(), DECODE, STEPS)
 
 
 def test_a_row_of_the_table():
-    """Two rows, three forwards out of at most four: 10, 4 and 4 query slots for what was asked."""
-    out = GenerateOutput(
-        tokens=np.zeros((2, L), np.int32),
-        committed_at=np.zeros((2, L), np.int32),
-        confidence=np.zeros((2, L), np.float32),
-        nfe=np.int32(3),
-        steps=np.int32([3, 3]),
-        history=None,
-        positions_asked=np.float32([[10, 10], [3, 4], [2, 1], [0, 0]]),
-        positions_computed=np.float32([[10, 10], [4, 4], [4, 4], [0, 0]]),
-        variant=np.int32([1, 0, 0, -1]),
-        computed=None,
-        computed_layers=None,
-        state=None,
-    )
-    case = bench.Case("x", cache_lib.Dual(), DECODE, [10**9, 6 * 10**9])
-    row = bench.describe(case, out, compile_s=1.0, seconds=(6.0, 3.0, 1.0))
+    times = Times(whole=[7.0, 3.2, 1.0], one=[1.2, 0.9, 1.3], none=[0.2, 0.1, 0.3])
+    row = bench_report.describe(CASE, OUT, times, CEILINGS)
     assert row["forwards_by_positions"] == {"4": 2, "10": 1}
     assert row["positions_per_token"] == 18 / G
     assert row["waste"] == 3 / 18
     assert row["gflop_per_token"] == 8 / G
-    assert row["seconds"] == 3 and row["ms_per_step"] == 1000
-    assert row["tokens_per_s"] == 2 * G / 3
-    baseline = row | {"seconds": 12.0, "gflop_per_token": 3.0}
-    compared = bench.compare(row, baseline)
+    assert row["seconds"] == 3.2 and row["ms_per_step"] == pytest.approx(3200 / 3)
+    assert row["tokens_per_s"] == 2 * G / 3.2
+    assert (row["full_forwards"], row["cached_steps"]) == (1, 2)
+    assert row["ms_full"] == pytest.approx(1000)
+    assert row["ms_cached"] == pytest.approx(1000)  # 3.2 s less what stands around, less a full one
+    assert row["ms_full_limit"] == pytest.approx(500) == row["ms_cached_limit"]
+    assert row["limit_fraction"] == pytest.approx(1.5 / 3.2)
+    assert row["limit_tokens_per_s"] == pytest.approx(2 * G / 1.5)
+    baseline = row | {"seconds": 12.8, "gflop_per_token": 3.0}
+    compared = bench_report.compare(row, baseline)
     assert compared["speedup"] == 4 and compared["predicted_speedup"] == 3
     assert compared["measured_to_predicted"] == 4 / 3
 
 
+def test_a_row_of_one_step_shape():
+    out = OUT._replace(variant=np.int32([0, 0, 0, -1]))
+    case = CASE._replace(method=cache_lib.NoCache(), steps=STEPS[1:])
+    row = bench_report.describe(case, out, Times([3.2], [9.0], [0.2]), CEILINGS)
+    assert row["ms_full"] == pytest.approx(1000)  # whatever the run of one forward says
+    assert row["ms_cached"] is None and row["ms_cached_limit"] is None
+
+
+def test_what_is_counted():
+    row = bench_report.count(CASE, 2, CEILINGS)
+    assert (row["gflop_full"], row["gflop_cached"]) == (12, 2)
+    assert (row["gb_full"], row["gb_cached"]) == (0, 0.002)
+    assert row["ms_full_limit"] == row["ms_cached_limit"] == 500
+    alone = bench_report.count(CASE._replace(steps=STEPS[1:]), 1, CEILINGS)
+    assert alone["gflop_full"] == 6 and alone["gflop_cached"] is None
+
+
+def test_table_marks_what_was_compiled_before():
+    row = dict(cache="x", compile_s=1.0, compile_cached=True, peak=None, ms=None)
+    columns = (
+        ("cache", "cache", "{}"),
+        ("compile s", "compile_s", "{:.1f}"),
+        ("peak", "peak", "{}"),
+        ("ms", "ms", "{}"),
+    )
+    lines = bench_report.table([row, row | dict(compile_cached=False, ms=2)], columns).splitlines()
+    assert lines[0].split() == [
+        "cache",
+        "compile",
+        "s",
+        "ms",
+    ]  # a column without values is left out
+    assert lines[1].split() == ["x", "1.0*", "-"] and lines[2].split() == ["x", "1.0", "2"]
+    assert lines[3].startswith("* ")
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = dict(prompt_length=8, gen_length=8, speedup=3.0, predicted_speedup=4.0)
+    rows = [
+        row | dict(cache=name, batch=batch, limit_fraction=share)
+        for name, batch, share in (("none", 1, 0.5), ("dual", 1, 0.25), ("dual", 8, 0.1))
+    ]
+    left, right = bench_report.picture(rows, "a title").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == ["none", "dual"]
+    assert [bar.get_width() for bar in left.patches] == [3.0] * 3
+    assert [bar.get_width() for bar in right.patches] == [50.0, 25.0, 10.0]
+    assert all(list(line.get_xdata()) == [4.0, 4.0] for line in left.lines[:3])
+    bench_report.draw(rows, "a title", tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_rows(tmp_path, capsys):
-    target, trace = tmp_path / "bench.json", tmp_path / "trace"
+    target = tmp_path / "bench.json"
     argv = [*SMALL, "--caches", "dual", "--batch", "2", "--json", str(target)]
-    assert bench.main([*argv, "--profile", str(trace)]) == 0
+    assert bench.main(argv) == 0
     out, err = capsys.readouterr()
     document = json.loads(target.read_text())
-    assert {"command", "device", "jax", "dtype", "shapes"} < document.keys()
     assert document["command"].startswith("python scripts/bench.py --preset small")
+    assert document["ceilings_measured"] is False
+    assert {"device", "jax", "dtype", "preset", "parameters"} < document.keys()
     none, dual = document["rows"]
     assert len(out.splitlines()) == 3
-    assert len(err.splitlines()) == 5  # a line of progress for each and each round, and the trace
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "trace"]
-    assert list(trace.rglob("*.xplane.pb"))
+    assert len(err.splitlines()) == 4  # progress for each cache and each round
+    assert list(tmp_path.iterdir()) == [target]
 
     for row in (none, dual):
-        assert {key for _, key, _ in bench.COLUMNS} < row.keys()
+        assert {key for _, key, _ in bench_report.MEASURED} < row.keys()
         assert row["batch"] == len(row["seconds_all"]) == 2
+        assert (row["prompt_length"], row["gen_length"], row["block_length"]) == (P, G, BLOCK)
         assert row["forwards"] == G and row["waste"] == 0
+        assert row["ceilings"] == dict(flops=1e11, bytes=2e10)
+        assert row["limit_fraction"] > 0 and not row["compile_cached"]
+        assert row["program_mib"] > row["arguments_mib"] > 0
     assert none["speedup"] == none["predicted_speedup"] == 1
     assert none["positions_per_token"] == L
+    assert none["full_forwards"] == G and dual["full_forwards"] == 2
     # A full step at the start of each of two blocks.
     assert dual["forwards_by_positions"] == {str(BLOCK): 6, str(L): 2}
     config = models.PRESETS["small"]
-    full, cached = by_hand(config, L, read=BLOCK), by_hand(config, BLOCK, read=BLOCK)
+    full, cached = (flops_by_hand(config, size, read=BLOCK) for size in (L, BLOCK))
     assert dual["predicted_speedup"] == pytest.approx(8 * full / (6 * cached + 2 * full))
     assert dual["predicted_speedup"] > 1
+
+
+def test_dry_run_of_several_lengths(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(random_weights, "make", None)  # no weights
+    target = tmp_path / "dry.json"
+    argv = [*SMALL, "--caches", "none", "--gen-length", "4", "8", "--batch", "2"]
+    assert bench.main([*argv, "--dtype", "bfloat16", "--dry-run", "--json", str(target)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["gen_length"], row["batch"]) for row in rows] == [(4, 2), (8, 2)]
+    for row in rows:
+        assert row["dtype"] == "bfloat16" and row["compile_s"] > 0 and row["arguments_mib"] > 0
+    full = flops_by_hand(models.PRESETS["small"], L, read=BLOCK)
+    assert rows[1]["gflop_full"] * 1e9 == pytest.approx(2 * full)
+
+
+def test_profile_traces_one_cached_step(tmp_path, monkeypatch, capsys):
+    compiled, before, real = [], [], jax.profiler.trace
+
+    @contextlib.contextmanager
+    def trace(directory):
+        before.extend(compiled)
+        with real(directory):
+            yield
+
+    def spy(setup, state, variant):
+        compiled.append(variant.capacity)
+        return step(setup, state, variant)
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    monkeypatch.setattr(bench_run, "step", spy)
+    config = models.PRESETS["small"]
+    params = random_weights.make(config, jnp.dtype("float32"), jax.random.key(0))
+    inputs = bench_run.Inputs(Transformer(config), params, prompts(1, P), jax.random.key(0))
+    bench_run.profile(CASE, inputs, tmp_path)
+    assert before == compiled == [L, BLOCK]  # both shapes ran before, so the trace is of a step
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+    assert trace_summary.main([str(tmp_path), "--top", "1000"]) == 0
+    heading, *lines, total = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert heading[:2] == ["ms", "share"] and total[-1] == "all"
+    parts = {line[-1]: int(line[2]) for line in lines}
+    assert sum(parts.values()) == int(total[2])
+    products = sum(count for name, count in parts.items() if name.endswith("dot_general"))
+    assert products >= config.num_layers * 7 + 1  # q, k, v, o, gate, up, down; and the head
+
+
+def test_trace_summary():
+    program = """
+  %fusion.1 = f32[2]{0} fusion(%a), metadata={op_name="jit(step)/walk/blocks_0.ffn/up"}
+  ROOT fusion.2 = f32[2]{0} fusion(b), metadata={op_name="jit(one_step)/walk/blocks_1.ffn/up"}
+"""
+
+    def event(operation, micros):
+        return dict(ph="X", dur=micros, name="any", args=dict(hlo_op=operation))
+
+    events = [event("fusion.1", 2e3), event("copy.7", 4e3), event("fusion.2", 3e3)]
+    events += [dict(ph="X", dur=9e9, name="host"), dict(ph="M", name="thread_name", args={})]
+    up = trace_summary.Part("walk/blocks.ffn/up", 5.0, 2)
+    assert trace_summary.parts(events, program) == [up, trace_summary.Part("copy", 4.0, 1)]
+
+
+def test_trace_summary_of_nothing(tmp_path, capsys):
+    assert trace_summary.main([str(tmp_path)]) == 2
+    assert "--profile writes one" in capsys.readouterr().err
+
+
+def test_the_page_on_performance():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in re.findall(r"^python scripts/(.*)$", page, re.M)]
+    assert len(commands) > 5
+    for script, *argv in commands:
+        if script == "bench.py":
+            args = bench.parse(argv)
+            config, _ = bench.open_config(args.preset)
+            assert bench.plan(args, config, random_weights.shapes(config, jnp.dtype("float32")))
+        else:
+            assert script == "trace_summary.py"
+    told = set(re.findall(r"^\| `([^`]+)` \| `(\w+)`", page, re.M))
+    settings = {"cache", "batch", "prompt_length", "gen_length"}
+    assert told == {(name, key) for name, key, _ in bench_report.MEASURED if key not in settings}
+    headings = re.findall(r"^#+ (.*)$", page, re.M)
+    links = re.findall(r"\]\(#([\w-]+)\)", page)
+    assert links and {heading.lower().replace(" ", "-") for heading in headings} > set(links)
+
+
+def test_short_names_of_presets():
+    for short, config in (("llada-8b", models.llada._8B), ("dream-7b", models.dream._7B)):
+        assert bench.open_config(short) == (models.Config(**config), None)
+
+
+def test_default_dtype():
+    assert bench.choose_dtype(None, small_config()).name == "float32"
+    assert bench.choose_dtype(None, bench.open_config("dream-7b")[0]).name == "bfloat16"
+    assert bench.choose_dtype("float16", small_config()).name == "float16"
+
+
+def test_a_model_that_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(bench.os, "sysconf", lambda name: 2**15 if "PAGES" in name else 2**18)
+    argv = ["--preset", "llada-8b", "--caches", "none", "--dtype", "float32"]
+    assert bench.main(argv) == 2
+    said = capsys.readouterr().err
+    assert "29.9 GiB, and the device has 8.0 GiB" in said and "--dry-run" in said
+
+
+def test_a_run_that_exhausts_the_memory(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(bench, "bench", fail)
+    assert bench.main(SMALL) == 1
+    assert "Not enough memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -195,6 +340,11 @@ def test_rows(tmp_path, capsys):
         (["--profile", __file__], "File exists"),
         (["--batch", "0"], "not a whole number from 1"),
         (["--seed", "-1"], "not a whole number from 0"),
+        (["--plot", "bench.svg"], "must name a PNG file"),
+        (["--plot", "no/such/directory.png"], "writable directory"),
+        (["--dry-run", "--profile", "trace"], "leave --plot and --profile out"),
+        (["--ceilings", "790"], "not two positive numbers"),
+        (["--ceilings", "790,inf"], "not two positive numbers"),
         (["--dtype", "int8"], "invalid choice"),
     ],
 )

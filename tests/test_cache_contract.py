@@ -19,11 +19,13 @@ from conftest import prompts, small, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import decode as decode_lib
+from dlm_jax import turns
 from dlm_jax.arguments import prepare
 from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import diffusion_generate, diffusion_stream
 from dlm_jax.models.base import Transformer
+from dlm_jax.step import step as denoise
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 2)
@@ -79,6 +81,9 @@ def make(name: str) -> CacheMethod:
 @pytest.fixture(params=cache_lib.METHODS)
 def method(request) -> CacheMethod:
     return make(request.param)
+
+
+one_step = jax.jit(denoise, static_argnames=("variant",))
 
 
 def name_of(method: CacheMethod) -> str:
@@ -214,13 +219,13 @@ def test_what_is_not_computed_is_not_written(method):
     )
     variants = method.variants(setup.geo)
     unwritten = 0
-    for step in range(6):
+    for index in range(6):
         before = state
-        state = decode_lib._jit_step(setup, state, variants[int(state.variant)])
+        state = one_step(setup, state, variants[int(state.variant)])
         for layer, (old, new) in enumerate(zip(before.cache, state.cache, strict=True)):
             computed_BL = before.selected_BL
             if state.layer_sets is not None:
-                computed_BL = state.layer_sets[layer][step]
+                computed_BL = state.layer_sets[layer][index]
             kept_BL = ~np.asarray(computed_BL)
             for name in getattr(new, "_fields", ()):
                 if name == "v_BKLH" and method.name == "dllm":
@@ -229,7 +234,7 @@ def test_what_is_not_computed_is_not_written(method):
                 if name.endswith("BKLH"):
                     old_x, new_x = old_x.swapaxes(1, 2), new_x.swapaxes(1, 2)
                 np.testing.assert_array_equal(old_x[kept_BL], new_x[kept_BL])
-                assert step or (old_x != new_x).any()
+                assert index or (old_x != new_x).any()
                 unwritten += kept_BL[MASK.nonzero()[0], MASK.nonzero()[1]].sum()
     assert unwritten or method.name == "none"
 
@@ -245,9 +250,7 @@ def test_finished_rows_write_nothing():
         state = decode_lib._jit_begin(setup, tokens_BL)
         for _ in range(10):
             before = state
-            state = decode_lib._jit_step(
-                setup, state, method.variants(setup.geo)[int(state.variant)]
-            )
+            state = one_step(setup, state, method.variants(setup.geo)[int(state.variant)])
         assert int(before.block_B[0]) == 2 and int(before.block_B[1]) < 2
         first = jax.tree.map(lambda leaf: leaf[0], (before.cache, before.memory, before.tokens_BL))
         chex.assert_trees_all_equal(
@@ -364,16 +367,55 @@ def test_donated_prompt_and_state():
     assert int(again.nfe) == 3
 
 
+@pytest.fixture
+def in_turns(monkeypatch):
+    """Forwards over whole rows take them two at a time."""
+    monkeypatch.setattr(turns, "WIDE", 0)
+    monkeypatch.setattr(turns, "POSITIONS", 2 * 27)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("method", "cfg_scale"),
+    [
+        pytest.param(make("dllm"), 0.5, id="dllm-guided"),
+        pytest.param(make("d2cache"), 0.0, id="d2cache"),
+        *(
+            pytest.param(make(name), 0.0, id=name, marks=pytest.mark.slow)
+            for name in cache_lib.METHODS
+            if name != "d2cache"
+        ),
+    ],
+)
+def test_turns_change_nothing(method, cfg_scale, monkeypatch, request):
+    """Rows that end at different times, two of them equal, with padding."""
+    prompt = np.concatenate([PROMPT, PROMPT[:1], prompts(2, 6, seed=5)])
+    mask = np.concatenate([MASK, MASK[:1], np.ones((2, 6), bool)])
+    decode = decoding(method, stop_until_eos=True, cfg_scale=cfg_scale)
+    given = dict(prompt=prompt, mask=mask, key=jax.random.split(KEY, 5), decode=decode)
+    whole = generate("llada", method, **given)
+    request.getfixturevalue("in_turns")
+    monkeypatch.setattr(turns, "POSITIONS", 2 * 14)
+    parts = generate("llada", method, **given)
+    assert len(set(whole.steps.tolist())) > 1
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["whole", "in_turns"])
 @pytest.mark.parametrize(
     "method",
     some(map(make, cache_lib.METHODS), {"dkv-decode", "dual", "dllm", "d2cache"}),
     ids=name_of,
 )
-def test_no_cache_is_copied_inside_a_loop(method):
+def test_no_cache_is_copied_inside_a_loop(method, wide, request):
     """Counts copies of the cache's shape in the optimised program; no activation has that shape.
 
     Only outside the loops may there be some, where the buffers are made.
     """
+    if wide == "in_turns":
+        request.getfixturevalue(wide)
     config = small_config("dream", width=20, head_dim=6, max_length=128)
     model = Transformer(config)
     params = model.init(KEY, np.zeros((1, 4), np.int32))["params"]

@@ -24,7 +24,7 @@ from dlm_jax.cache.base import (
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import Draws, diffusion_generate
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Transformer, sources
+from dlm_jax.models.base import Transformer, lay_out, sources
 
 LLADA = Geometry(prompt=3, gen=8, block=4, steps=8, shift=0)
 DREAM = dataclasses.replace(LLADA, shift=1)
@@ -62,7 +62,7 @@ def stacked(*rows):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
 
-EVERY = queries.every(jnp.ones((1, LENGTH), bool))
+EVERY = queries.every(lay_out(small_config(), jnp.ones((1, LENGTH), bool)))
 
 
 def observation(committed=(), computed=range(LENGTH), read=(), confidence=None, acc=()):
@@ -381,7 +381,7 @@ class TestD2:
             rolled = step / step.sum(-1, keepdims=True) @ rolled
 
         method = cache.D2Cache()
-        query = queries.Queries(index_BQ, index_BQ, jnp.ones((1, LENGTH), bool))
+        query = EVERY._replace(index_BQ=index_BQ)
         acc = method.init_acc(stacked(row(range(3, 11))), query, LLADA)
         for layer in weights:
             full = np.concatenate([layer, np.full((1, 2, 1, LENGTH), 0.3, np.float32)], axis=2)

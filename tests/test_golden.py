@@ -12,6 +12,7 @@ from conftest import CHECKPOINTS, GOLDEN, read_case, tiny
 
 from dlm_jax import models, queries
 from dlm_jax.cache.base import KV, kv_layer
+from dlm_jax.models.base import lay_out
 
 CASES = sorted(path.stem for path in (GOLDEN / "cases").glob("*.json"))
 REPRESENTATIVE = {
@@ -97,9 +98,10 @@ def test_two_query_subsets_through_the_cache_give_the_recorded_logits(name, pref
     size = (batch, model.config.num_kv_heads, length, model.config.head_dim)
     cache = tuple(KV(jnp.zeros(size), jnp.zeros(size)) for _ in range(model.config.num_layers))
     layers = ((0, model.config.num_layers, kv_layer),)
+    slots = lay_out(model.config, valid_BL)
 
     def compute(mask_BL, cache):
-        query = queries.pack(mask_BL & valid_BL, valid_BL, tokens_BL.shape[1])
+        query = queries.pack(mask_BL & valid_BL, slots, tokens_BL.shape[1])
         tokens_BQ = queries.gather(tokens_BL, query.index_BQ)
         hidden, cache, _ = model.apply(
             {"params": params}, tokens_BQ, query, cache, (), layers, method="walk"

@@ -20,6 +20,7 @@ from dlm_jax import schedule, wino
 from dlm_jax.cache import make
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import diffusion_generate
+from dlm_jax.models.base import lay_out, unembed
 from dlm_jax.state import Draws
 
 ROWS, PROMPT, GEN, BLOCK = 3, 6, 12, 6
@@ -233,7 +234,9 @@ def network(family: str, guided: bool, shadowed: bool):
             blank = model.apply({"params": params}, jnp.where(given_BL, MASK, canvas_BL), valid_BL)
             out = jnp.stack([out, blank])
         if shadowed:
-            inside = wino.predict(model, params, canvas_BL, valid_BL, valid_BL, slot_BS)
+            layout = lay_out(model.config, valid_BL)
+            hidden = wino.predict(model, params, canvas_BL, valid_BL, layout, slot_BS)
+            inside = unembed(model, params, hidden)
             out = jax.vmap(lambda o, s, slots: o.at[slots].set(s, mode="drop"))(
                 out, inside, slot_BS
             )

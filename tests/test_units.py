@@ -15,7 +15,7 @@ from dlm_jax import models, queries, unmask
 from dlm_jax.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
-from dlm_jax.models.layers import attention, rotate
+from dlm_jax.models.layers import attention, rotary, rotate
 
 masks = hnp.arrays(bool, (2, 9))
 
@@ -91,7 +91,8 @@ class TestLayers:
 
         def score(at_q, at_k):
             return jnp.sum(
-                rotate(q, jnp.asarray([[at_q]]), 1e4) * rotate(k, jnp.asarray([[at_k]]), 1e4)
+                rotate(q, rotary(jnp.asarray([[at_q]]), 8, 1e4))
+                * rotate(k, rotary(jnp.asarray([[at_k]]), 8, 1e4))
             )
 
         np.testing.assert_allclose(score(3, 7), score(103, 107), rtol=1e-4)

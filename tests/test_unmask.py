@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from dlm_jax import guidance, klass, unmask, wino
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Transformer
+from dlm_jax.models.base import lay_out, unembed
 
 SIZE = 8
 # Numbers that float32 holds exactly, few enough that equal ones are common.
@@ -296,8 +297,9 @@ def predict():
     @jax.jit
     def both(tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         slots = jnp.asarray([BLOCK] * 2, jnp.int32)
-        out = wino.predict(model, params, tokens_BL, valid_BL, valid_BL, slots)
-        return out, model.apply({"params": params}, tokens_BL)
+        layout = lay_out(model.config, valid_BL)
+        hidden = wino.predict(model, params, tokens_BL, valid_BL, layout, slots)
+        return unembed(model, params, hidden), model.apply({"params": params}, tokens_BL)
 
     return lambda canvas: jax.device_get(both(jnp.asarray([canvas] * 2, jnp.int32)))
 

@@ -107,10 +107,10 @@ def attend_cached(
     """The attention half of `kv_layer`; returns the residual stream, the cache and the weights."""
     normed = block.norm(hidden)
     k_BKLH = queries_lib.scatter_heads(
-        layer_cache.k_BKLH, block.key(normed, queries.position_BQ), queries.index_BQ
+        layer_cache.k_BKLH, block.key(normed, queries.rotary_BQH), queries.index_BQ
     )
     v_BKLH = queries_lib.scatter_heads(layer_cache.v_BKLH, block.value(normed), queries.index_BQ)
-    q_BQNH = block.query(normed, queries.position_BQ)
+    q_BQNH = block.query(normed, queries.rotary_BQH)
     out, weights = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
     return hidden + out, KV(k_BKLH, v_BKLH), weights
 

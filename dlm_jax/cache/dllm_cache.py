@@ -170,12 +170,12 @@ def _layer(
 
     capacity = method.capacity(mode, geo)
     if capacity:
-        chosen = queries_lib.pack(selected_BL, queries.valid_BL, capacity)
+        chosen = queries_lib.pack(selected_BL, queries.slots, capacity)
         normed_BQD = queries_lib.gather(normed, chosen.index_BQ)
         k_BKLH = queries_lib.scatter_heads(
-            k_BKLH, block.key(normed_BQD, chosen.position_BQ), chosen.index_BQ
+            k_BKLH, block.key(normed_BQD, chosen.rotary_BQH), chosen.index_BQ
         )
-        q_BQNH = block.query(normed_BQD, chosen.position_BQ)
+        q_BQNH = block.query(normed_BQD, chosen.rotary_BQH)
         out_BQD, _ = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
         attention_BLD = queries_lib.scatter(attention_BLD, out_BQD, chosen.index_BQ)
     hidden = hidden + attention_BLD

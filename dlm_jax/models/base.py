@@ -18,8 +18,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
-from dlm_jax.models.layers import Projection, RMSNorm, attention, precision, rotate
-from dlm_jax.queries import Queries
+from dlm_jax.models.layers import Projection, RMSNorm, attention, precision, rotary, rotate
+from dlm_jax.queries import Queries, Slots
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, DTypeLike, Float, Int, Params, PyTree
 
 
@@ -109,11 +109,11 @@ class Block(nn.Module):
     def norm(self, x: Array) -> Array:
         return self.attn_norm(x)
 
-    def query(self, normed: Array, position_BQ: Array) -> Float[Array, "B Q N H"]:
-        return rotate(self.q(normed), position_BQ, self.config.rope_theta)
+    def query(self, normed: Array, rotary_BQH: Array) -> Float[Array, "B Q N H"]:
+        return rotate(self.q(normed), rotary_BQH)
 
-    def key(self, normed: Array, position_BQ: Array) -> Float[Array, "B Q K H"]:
-        return rotate(self.k(normed), position_BQ, self.config.rope_theta)
+    def key(self, normed: Array, rotary_BQH: Array) -> Float[Array, "B Q K H"]:
+        return rotate(self.k(normed), rotary_BQH)
 
     def value(self, normed: Array) -> Float[Array, "B Q K H"]:
         return self.v(normed)
@@ -147,8 +147,8 @@ def plain_layer(
     length = queries.valid_BL.shape[1]
     real_BQ = (queries.index_BQ < length) & queries_lib.gather(queries.valid_BL, queries.index_BQ)
     normed = block.norm(hidden)
-    q = block.query(normed, queries.position_BQ)
-    k = block.key(normed, queries.position_BQ)
+    q = block.query(normed, queries.rotary_BQH)
+    k = block.key(normed, queries.rotary_BQH)
     v = block.value(normed)
     out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), real_BQ[:, None, :])
     hidden = hidden + out
@@ -187,7 +187,7 @@ class Transformer(nn.Module):
 
         Args:
           tokens_BQ: token ids at the query slots (any id at empty ones).
-          queries: slots, rotary positions and key validity.
+          queries: slots, rotary angles and key validity.
           cache: one pytree per layer.
           acc: initial accumulator of the layer functions.
           layers: `(low, high, layer function)` ranges that cover all layers in order.
@@ -217,19 +217,12 @@ class Transformer(nn.Module):
             preferred_element_type=jnp.float32,
         )
 
-    def encode(
-        self,
-        tokens_BL: Int[ArrayOrNumpy, "B L"],
-        valid_BL: Bool[ArrayOrNumpy, "B L"] | None = None,
-    ) -> Float[Array, "B L D"]:
+    def encode(self, tokens_BL: Int[Array, "B L"], slots: Slots) -> Float[Array, "B L D"]:
         """Final-normed hidden states of whole sequences, without a cache."""
-        c = self.config
-        if valid_BL is None:
-            valid_BL = jnp.ones(tokens_BL.shape, bool)
-        tokens_BL, valid_BL = jnp.asarray(tokens_BL), jnp.asarray(valid_BL)
-        layers = ((0, c.num_layers, plain_layer),)
-        queries = queries_lib.every(valid_BL)
-        hidden_BLD, _, _ = self.walk(tokens_BL, queries, ((),) * c.num_layers, (), layers)
+        depth = self.config.num_layers
+        layers = ((0, depth, plain_layer),)
+        queries = queries_lib.every(slots)
+        hidden_BLD, _, _ = self.walk(tokens_BL, queries, ((),) * depth, (), layers)
         return hidden_BLD
 
     def __call__(
@@ -238,7 +231,16 @@ class Transformer(nn.Module):
         valid_BL: Bool[ArrayOrNumpy, "B L"] | None = None,
     ) -> Float[Array, "B L V"]:
         """Raw float32 logits at every position, before any shift."""
-        return self.unembed(self.encode(tokens_BL, valid_BL))
+        if valid_BL is None:
+            valid_BL = jnp.ones(tokens_BL.shape, bool)
+        slots = lay_out(self.config, jnp.asarray(valid_BL))
+        return self.unembed(self.encode(jnp.asarray(tokens_BL), slots))
+
+
+def lay_out(config: Config, valid_BL: Bool[Array, "B L"]) -> Slots:
+    """All slots of a batch, with their rotary angles: once for a generation, not for a step."""
+    position_BL = queries_lib.positions(valid_BL)
+    return Slots(valid_BL, rotary(position_BL, config.head_dim, config.rope_theta))
 
 
 def source_slot(
@@ -267,23 +269,25 @@ def sources(mask_L: Bool[Array, " L"], valid_L: Bool[Array, " L"], shift: int) -
 
 
 def readout(
-    model: Transformer,
-    params: Params,
-    hidden_BQD: Float[Array, "B Q D"],
-    queries: Queries,
-    slot_BW: Int[Array, "B W"],
-) -> Float[Array, "B W V"]:
-    """Float32 logits for the tokens at the given slots; the only place that knows the shift.
-
-    The hidden state that predicts a slot must be among the queries.
+    hidden_BQD: Float[Array, "B Q D"], queries: Queries, slot_BW: Int[Array, "B W"], shift: int
+) -> Float[Array, "B W D"]:
+    """The hidden states that predict the tokens at the given slots; they must be among the queries.
 
     Args:
       hidden_BQD: what `Transformer.walk` returned for `queries`.
-      slot_BW: absolute slots; L marks an unused entry, whose logits are meaningless.
+      queries: see there.
+      slot_BW: absolute slots; L marks an unused entry, whose hidden state is meaningless.
+      shift: of the model.
     """
     length = queries.valid_BL.shape[1]
-    source_BW = source_slot(slot_BW, queries.valid_BL, model.config.shift)
+    source_BW = source_slot(slot_BW, queries.valid_BL, shift)
     query_BL = queries_lib.unpack_index(queries.index_BQ, length)
-    hidden_BWD = queries_lib.gather(hidden_BQD, queries_lib.gather(query_BL, source_BW))
+    return queries_lib.gather(hidden_BQD, queries_lib.gather(query_BL, source_BW))
+
+
+def unembed(
+    model: Transformer, params: Params, hidden_BWD: Float[Array, "B W D"]
+) -> Float[Array, "B W V"]:
+    """Float32 logits of hidden states."""
     logits: Any = model.apply({"params": params}, hidden_BWD, method="unembed")
     return logits

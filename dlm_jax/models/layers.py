@@ -69,14 +69,28 @@ class Projection(nn.Module):
         return y
 
 
-def rotate(
-    x_BQNH: Float[Array, "B Q N H"], position_BQ: Int[Array, "B Q"], theta: float
-) -> Float[Array, "B Q N H"]:
-    """Rotary position embedding, half-split form, in float32 (RoFormer, arXiv 2104.09864)."""
-    half = x_BQNH.shape[-1] // 2
+def rotary(position_BL: Int[Array, "B L"], width: int, theta: float) -> Float[Array, "B L H"]:
+    """Cosines, then sines, of the angles by which `rotate` turns H = `width` features.
+
+    A table, because every layer wants the same ones and the compiler would otherwise compute them
+    again for every head of every layer.
+    """
+    half = width // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position_BQ.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = position_BL.astype(jnp.float32)[:, :, None] * frequency[None, None, :]
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rotate(
+    x_BQNH: Float[Array, "B Q N H"], rotary_BQH: Float[Array, "B Q H"]
+) -> Float[Array, "B Q N H"]:
+    """Rotary position embedding, half-split form, in float32 (RoFormer, arXiv 2104.09864).
+
+    Args:
+      x_BQNH: queries or keys.
+      rotary_BQH: `rotary` of their positions.
+    """
+    cos, sin = jnp.split(rotary_BQH[:, :, None], 2, axis=-1)
     first, second = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BQNH.dtype)

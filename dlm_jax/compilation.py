@@ -1,0 +1,82 @@
+"""Compiled programs, kept on disk for the next process that needs them.
+
+Compiling takes longer than most answers of a small model. JAX can keep what XLA made of a program
+and find it again by its text, the compiler's version and options, and the hardware. A library has
+no business to write files unasked, so importing `dlm_jax` switches nothing on; the commands do.
+"""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+
+MAX_BYTES = 2 << 30
+"""What may lie in the folder when a command starts."""
+
+
+def use_cache(enabled: bool = True) -> str | None:
+    """Has JAX keep compiled programs; to be called before the first one is compiled.
+
+    A cache that the user has configured, or switched off, for all of JAX stays as it is. Otherwise
+    programs are kept in `dlm_jax/xla` in the user's cache folder, `$XDG_CACHE_HOME` or `~/.cache`.
+    Where that is impossible there is no cache, which is no error: everything is compiled anew.
+
+    Args:
+      enabled: False neither reads nor writes any cache, not even a configured one.
+
+    Returns:
+      The folder, or None if no programs are kept.
+    """
+    config: Any = jax.config  # its attributes come from a table
+    if not enabled:
+        config.update("jax_enable_compilation_cache", False)
+    if not config.jax_enable_compilation_cache:
+        return None
+    if config.jax_compilation_cache_dir:
+        return config.jax_compilation_cache_dir
+    try:
+        folder = _private_folder()
+        _forget_oldest(folder, MAX_BYTES)
+    except (OSError, RuntimeError):  # a RuntimeError is a missing home
+        return None
+    config.update("jax_compilation_cache_dir", str(folder))
+    # Everything: most programs of a small model are compiled in less than JAX's minimum.
+    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # JAX then compiles as if there were no entry, which is all that the user would do about it.
+    warnings.filterwarnings("ignore", "Error (read|writ)ing persistent compilation cache entry")
+    return str(folder)
+
+
+def _private_folder() -> Path:
+    """The folder, made if it is missing.
+
+    Raises:
+      OSError, RuntimeError: there is none, or it is not the user's alone.
+    """
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (root if root.is_absolute() else Path.home() / ".cache") / "dlm_jax" / "xla"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Programs are machine code: whoever can write here decides what this process executes.
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by others.")
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written.")
+    return folder
+
+
+def _forget_oldest(folder: Path, limit: int) -> None:
+    """Deletes what was not used for longest until at most `limit` bytes are left.
+
+    JAX has a limit of its own, `jax_compilation_cache_max_size`. It takes a lock for every program,
+    and keeps nothing more once a process was killed between the two files of an entry.
+    """
+    entries = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    entries.sort(key=lambda entry: max(entry[1].st_atime, entry[1].st_mtime), reverse=True)
+    total = 0
+    for path, status in entries:
+        total += status.st_size
+        if total > limit:
+            path.unlink(missing_ok=True)

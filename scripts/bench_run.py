@@ -1,0 +1,197 @@
+"""Runs of one configuration of `bench.py`: compiled ahead of time, timed in turns, traced."""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import bench_report
+import jax
+import numpy as np
+from bench_report import Case, Row, Times
+from roofline import Ceilings, measure_ceilings
+
+from dlm_jax import decode as decode_lib
+from dlm_jax.arguments import prepare
+from dlm_jax.cache import CacheMethod
+from dlm_jax.cache.base import Variant
+from dlm_jax.config import DecodeConfig
+from dlm_jax.decode import GenerateOutput, diffusion_generate
+from dlm_jax.models import Transformer
+from dlm_jax.progress import unfinished
+from dlm_jax.state import DecodeState
+from dlm_jax.step import step
+from dlm_jax.typing import Array, Params
+
+FIRST_FORWARDS = 8
+"""Of the run that warms a program up."""
+SHORT_RUNS = 3
+"""Runs of one forward, and of none, in each round."""
+
+Run = Callable[..., tuple[GenerateOutput, float]]
+"""A compiled generation, of at most so many forwards if told: its result and its seconds."""
+
+
+class Inputs(NamedTuple):
+    """What all cases of a configuration share."""
+
+    model: Transformer
+    params: Params
+    """Or their shapes, where nothing is to be run."""
+    prompt_BP: np.ndarray
+    key: Array
+
+
+class Program(NamedTuple):
+    """A compiled generation."""
+
+    run: Run
+    facts: Row
+    """What compiling it took, and the memory that it needs."""
+
+
+def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> Program:
+    """A generation, compiled from shapes; it can be run if `inputs` holds parameters."""
+    model, params, prompt_BP, key = inputs
+
+    def generate(params: Params, prompt_BP: Array, key: Array, limit: Array) -> GenerateOutput:
+        limited = dataclasses.replace(decode, max_forwards=limit)
+        return diffusion_generate(params, model, prompt_BP, key=key, decode=limited, cache=method)
+
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        start = time.perf_counter()
+        program = jax.jit(generate).lower(params, prompt_BP, key, np.int32(1)).compile()
+        seconds = time.perf_counter() - start
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+    def run(limit: int = np.iinfo(np.int32).max) -> tuple[GenerateOutput, float]:
+        start = time.perf_counter()
+        out = jax.block_until_ready(program(params, prompt_BP, key, np.int32(limit)))
+        return out, time.perf_counter() - start
+
+    return Program(run, dict(compile_s=seconds, compile_cached=bool(hits)) | memory(program))
+
+
+def memory(program: Any) -> Row:
+    """What a compiled program needs, in MiB; the parameters are among the arguments."""
+    stats = program.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return dict(
+        arguments_mib=arguments / 2**20,
+        temporaries_mib=temporaries / 2**20,
+        program_mib=total / 2**20,
+    )
+
+
+def process_peak_mib() -> float | None:
+    """The most that the process has had on the device so far, where the backend counts it."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return None if peak is None else peak / 2**20
+
+
+def measure(
+    cases: Sequence[Case], inputs: Inputs, repeat: int, ceilings: Ceilings | None
+) -> Iterator[Row]:
+    """Compiles all cases of a configuration, warms them up and times them in turns.
+
+    Ceilings that are not given are measured in every round, and the best are taken: on a shared
+    machine they change as much as anything else.
+    """
+    batch, prompt = inputs.prompt_BP.shape
+    where = f"batch {batch}, prompt {prompt}, {cases[0].decode.gen_length} tokens"
+    programs = []
+    for i, case in enumerate(cases, 1):
+        program = compile_ahead(inputs, case.decode, case.method)
+        _, first = program.run(FIRST_FORWARDS)
+        programs.append(program)
+        note(
+            f"{where}, {i}/{len(cases)} {case.label}: compiled in "
+            f"{program.facts['compile_s']:.1f} s, {FIRST_FORWARDS} forwards in {first:.2f} s"
+        )
+    times = [Times([], [], []) for _ in cases]
+    outs: list[GenerateOutput] = []
+    seen = [ceilings] if ceilings else []
+    for i in range(repeat):
+        outs = []
+        if ceilings is None:
+            seen.append(measure_ceilings(jax.tree.leaves(inputs.params)[0].dtype))
+        for (run, _), (whole, one, none) in zip(programs, times, strict=True):
+            out, seconds = run()
+            outs.append(jax.device_get(out))
+            whole.append(seconds)
+            for _ in range(SHORT_RUNS):
+                one.append(run(1)[1])
+                none.append(run(0)[1])
+        note(f"{where}, round {i + 1}/{repeat} done")
+    best = Ceilings(*map(max, zip(*seen, strict=True)))
+    baseline: Row = {}
+    for case, program, out, spent in zip(cases, programs, outs, times, strict=True):
+        row = bench_report.describe(case, out, spent, best) | program.facts
+        baseline = baseline or row
+        yield bench_report.compare(row, baseline) | dict(process_peak_mib=process_peak_mib())
+
+
+def dry_run(cases: Sequence[Case], inputs: Inputs, ceilings: Ceilings) -> Iterator[Row]:
+    """Compiles all cases of a configuration and says what they need."""
+    batch, prompt = inputs.prompt_BP.shape
+    for i, case in enumerate(cases, 1):
+        program = compile_ahead(inputs, case.decode, case.method)
+        note(
+            f"batch {batch}, prompt {prompt}, {case.decode.gen_length} tokens, "
+            f"{i}/{len(cases)} {case.label}: compiled in {program.facts['compile_s']:.1f} s"
+        )
+        yield bench_report.count(case, batch, ceilings) | program.facts
+
+
+def profile(case: Case, inputs: Inputs, directory: Path) -> None:
+    """Writes a profiler trace of one cached step, which is not the first one of its shape.
+
+    The program of the step stands beside the trace in `step.hlo.txt`: its operations are what the
+    trace names, and it says what they were made from. The step is the one that generations repeat,
+    compiled by itself.
+    """
+    model, params, prompt_BP, key = inputs
+    call = prepare(params, model, prompt_BP, None, key, case.decode, case.method)
+    setup, tokens_BL = decode_lib._jit_setup(call)
+    state = decode_lib._jit_begin(setup, tokens_BL)
+    # Leaves, because lowering puts placeholders for arrays, which Setup is not annotated for.
+    constants, structure = jax.tree.flatten(setup)
+
+    @functools.partial(jax.jit, static_argnames="variant", donate_argnums=1)
+    def one_step(constants: list[Array], state: DecodeState, variant: Variant) -> DecodeState:
+        return step(jax.tree.unflatten(structure, constants), state, variant)
+
+    variants, programs = case.method.variants(setup.geo), {}
+    full = int(state.variant)
+    while unfinished(setup, state):
+        shape = int(state.variant)
+        if shape in programs and (shape != full or len(variants) == 1):
+            break
+        if shape not in programs:
+            programs[shape] = one_step.lower(constants, state, variants[shape]).compile()
+        state = jax.block_until_ready(programs[shape](constants, state))
+    program = programs[shape]
+    (directory / "step.hlo.txt").write_text(program.as_text(), encoding="utf-8")
+    with jax.profiler.trace(directory):
+        jax.block_until_ready(program(constants, state))
+    note(
+        f"traced a step of {case.label}, batch {len(prompt_BP)}, {variants[shape].capacity} "
+        f"positions a row: python scripts/trace_summary.py {directory}"
+    )
+
+
+def note(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
