@@ -7,13 +7,22 @@ no business to write files unasked, so importing `dlm_jax` switches nothing on; 
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 MAX_BYTES = 2 << 30
 """What may lie in the folder when a command starts."""
+
+
+def add_option(add_argument: Callable[..., Any]) -> None:
+    """Adds `--no-compile-cache` to a parser; `use_cache` wants `args.compile_cache`."""
+    add_argument(
+        "--no-compile-cache",
+        action="store_false",
+        dest="compile_cache",
+        help="compile anew; read and keep no compiled programs",
+    )
 
 
 def use_cache(enabled: bool = True) -> str | None:
@@ -29,6 +38,8 @@ def use_cache(enabled: bool = True) -> str | None:
     Returns:
       The folder, or None if no programs are kept.
     """
+    import jax  # takes a while, and a command has options to check first
+
     config: Any = jax.config  # its attributes come from a table
     if not enabled:
         config.update("jax_enable_compilation_cache", False)

@@ -7,8 +7,8 @@ Without arguments the embedded model answers a question of its kind. The generat
 standard output and everything else to standard error. A value that cannot work ends the command
 with one sentence and exit status 2, before any long work starts.
 
-This module knows the options and the prompts they point to, and needs nothing but the standard
-library; `dlm_jax.job`, which imports JAX, runs what was asked for.
+This module knows the options and the prompts they point to, and imports nothing that takes time;
+`dlm_jax.job`, which imports JAX, runs what was asked for.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from dlm_jax import compilation
 
 PROGRAM = "dlm-jax-generate"
 MODEL = "llada-tiny-math"
@@ -37,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             texts = read_texts(args) if asked else []
             rows = read_ids(args.prompt_ids) if args.prompt_ids is not None else []
 
-            from dlm_jax import compilation
             from dlm_jax.job import Job
 
             compilation.use_cache(args.compile_cache)
@@ -87,12 +88,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the parameters [as stored]",
     )
-    add(
-        "--no-compile-cache",
-        action="store_false",
-        dest="compile_cache",
-        help="compile anew; read and keep no compiled programs",
-    )
+    compilation.add_option(add)
 
     add = parser.add_argument_group("prompts; several make one batch").add_argument
     add("words", nargs="*", metavar="PROMPT", help="a prompt; - reads it from standard input")

@@ -169,13 +169,14 @@ def sample(
     allowed = jnp.ones(logits.shape, bool)
     if banned is not None:
         allowed = jnp.broadcast_to(jnp.arange(logits.shape[-1]) != banned, logits.shape)
-    choice = kept & allowed
-    choice = jnp.where(jnp.any(choice, axis=-1, keepdims=True), choice, allowed)
-    ranked = jnp.where(choice, scaled, -jnp.inf)
+    ranked = scaled
+    if top_p is not None or top_k is not None:
+        some = jnp.any(kept & allowed, axis=-1, keepdims=True)
+        ranked = jnp.where(kept | ~some, scaled, -jnp.inf)
     if temperature is not None:
         # Gumbel noise: the maximum is then a sample from the softmax.
         ranked = ranked + jnp.where(temperature > 0, _gumbel(key_BW, logits.shape[-1]), 0.0)
-    token_BW = best(ranked)
+    token_BW = best(ranked, banned)
     measure = ALGORITHMS[alg]
     tempered = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
     score_BW = measure.score(Candidates(token_BW, logits, tempered, allowed))
@@ -185,17 +186,24 @@ def sample(
     return Sampled(token_BW, score_BW, confidence_BW, logits, tempered)
 
 
-def best(x: Float[Array, "*W V"]) -> Int[Array, "*W"]:
-    """`argmax` over the last axis: the lowest index among equals.
+def best(x: Float[Array, "*W V"], banned: int | None = None) -> Int[Array, "*W"]:
+    """The index of the largest value over the last axis, the lowest among equals.
 
-    In two stages, because a maximum alone is found several times as fast as one with its index.
+    In two stages, since a maximum alone is found several times as fast as one with its index. The
+    banned index is left out where that needs no copy of everything: in its own group.
     """
-    size = x.shape[-1]
-    grouped = x.reshape(*x.shape[:-1], -1, math.gcd(size, 128))
-    group = jnp.argmax(jnp.max(grouped, axis=-1), axis=-1)
-    inside = jnp.take_along_axis(grouped, group[..., None, None], axis=-2)[..., 0, :]
-    index = group * grouped.shape[-1] + jnp.argmax(inside, axis=-1)
-    return index.astype(jnp.int32)
+    size = math.gcd(x.shape[-1], 128)
+    grouped = x.reshape(*x.shape[:-1], -1, size)
+    most = jnp.max(grouped, axis=-1)
+    if banned is not None:
+        number, place = divmod(banned, size)
+        others = grouped[..., number, :].at[..., place].set(-jnp.inf)
+        most = most.at[..., number].set(jnp.max(others, axis=-1))
+    group = jnp.argmax(most, axis=-1)[..., None]
+    inside = jnp.take_along_axis(grouped, group[..., None], axis=-2)[..., 0, :]
+    if banned is not None:
+        inside = jnp.where(group == number, inside.at[..., place].set(-jnp.inf), inside)
+    return (size * group[..., 0] + jnp.argmax(inside, axis=-1)).astype(jnp.int32)
 
 
 def keep(

@@ -235,6 +235,7 @@ def make_parser(description: str | None, *, caches: list[str], problems: int) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    compilation.add_option(parser.add_argument)
     add = parser.add_argument
     add(
         "--models",
@@ -303,7 +304,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse(argv)
-    compilation.use_cache()
+    compilation.use_cache(args.compile_cache)
     try:
         check(args)
         drawn = list(itertools.islice(problems(args.seed, "heldout"), args.problems))

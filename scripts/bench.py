@@ -319,12 +319,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="draw speed-ups and shares of the limit")
     add("--profile", type=Path, metavar="DIR", help="write a trace of a cached step, last cache")
-    add(
-        "--no-compile-cache",
-        action="store_false",
-        dest="compile_cache",
-        help="compile anew; read and keep no compiled programs",
-    )
+    compilation.add_option(parser.add_argument)
     add("--dry-run", action="store_true", help="compile for shapes and count; make no weights")
     add(
         "--ceilings",

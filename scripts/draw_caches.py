@@ -170,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt", default=QUESTION)
     parser.add_argument("--gen-length", type=int, default=64)
     parser.add_argument("--block-length", type=int, default=16)
+    compilation.add_option(parser.add_argument)
     args = parser.parse_args(argv)
-    compilation.use_cache()
+    compilation.use_cache(args.compile_cache)
     names = list(cache.METHODS) if args.caches == "all" else args.caches.split(",")
     try:
         import matplotlib  # noqa: F401

@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--checkpoints", type=Path, required=True, metavar="DIR")
     parser.add_argument("cases", type=Path, nargs="+", metavar="CASE.json|DIR")
+    compilation.add_option(parser.add_argument)
     args = parser.parse_args(argv)
-    compilation.use_cache()
+    compilation.use_cache(args.compile_cache)
     jax.config.update("jax_default_matmul_precision", "highest")
     counts = dict(passed=0, failed=0, unsupported=0)
     try:

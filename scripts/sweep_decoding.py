@@ -304,7 +304,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parse(argv)
-    compilation.use_cache()
+    compilation.use_cache(args.compile_cache)
     try:
         check(args)
         if args.plot is not None:

@@ -407,8 +407,9 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of the training or of the evaluation (default: 0)")
     add("--evaluate", type=int, metavar="N", help="solve N held-out problems instead of training")
     add("--gen-length", type=int, default=40, help="canvas of the evaluation (default: 40)")
+    compilation.add_option(parser.add_argument)
     args = parser.parse_args()
-    compilation.use_cache()
+    compilation.use_cache(args.compile_cache)
     out = args.out or ASSETS / f"{args.family}-tiny-math"
     try:
         if args.evaluate is not None:

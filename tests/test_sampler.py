@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from dlm_jax import sampler
 
@@ -192,3 +193,19 @@ def test_entropy_of_distributions():
         log_p = jnp.asarray(np.log(rows), jnp.float32)
     expected = [np.log(2), np.log(4), 0.0, -0.7 * np.log(0.7) - 0.3 * np.log(0.1)]
     np.testing.assert_allclose(sampler.entropy(log_p), expected, atol=1e-6)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_best_is_the_first_of_the_largest(data):
+    """Few distinct values, so that there are ties; 256 values make two groups, 129 are one each."""
+    size = data.draw(st.sampled_from([5, 129, 256]))
+    x = data.draw(
+        hnp.arrays(np.float32, (2, size), elements=st.sampled_from([-np.inf, 0.0, 1.0, 2.0]))
+    )
+    banned = data.draw(st.none() | st.integers(0, size - 1))
+    among = x.copy()
+    if banned is not None:
+        among[:, banned] = -np.inf
+    assume(np.isfinite(among).any(axis=-1).all())
+    assert sampler.best(jnp.asarray(x), banned).tolist() == among.argmax(axis=-1).tolist()

@@ -183,7 +183,7 @@ def _roll(
     """
     index_BQ = rollout.index_BQ
     real_BQ = index_BQ < valid_BL.shape[1]
-    attention_BQL = jnp.where(real_BQ[:, :, None], jnp.mean(weights_BKRQL, axis=(1, 2)), 0.0)
+    attention_BQL = jnp.where(real_BQ[:, :, None], _over_heads(weights_BKRQL), 0.0)
     among_BQQ = jnp.take_along_axis(attention_BQL, index_BQ[:, None, :], axis=-1, mode="clip")
     computed_BL = queries_lib.scatter(jnp.zeros_like(valid_BL), real_BQ, index_BQ)
     passed_BQL = jnp.matmul(
@@ -192,6 +192,23 @@ def _roll(
         precision=jax.lax.Precision.HIGHEST,
     ) + jnp.where(computed_BL[:, None, :], 0.0, attention_BQL)
     return rollout._replace(rows_BQL=(passed_BQL + rollout.rows_BQL) / 2)
+
+
+def _over_heads(weights_BKRQL: Float[Array, "B K R Q L"]) -> Float[Array, "B Q L"]:
+    """The mean over the heads.
+
+    As a product: the CPU backend sums leading axes slowly, and fuses sums of all layers into one,
+    for which it keeps the weights of all of them.
+    """
+    batch, kv_heads, groups, size, length = weights_BKRQL.shape
+    heads = kv_heads * groups
+    mean_BX = jnp.einsum(
+        "N,BNX->BX",
+        jnp.full(heads, 1 / heads),
+        weights_BKRQL.reshape(batch, heads, -1),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return mean_BX.reshape(batch, size, length)
 
 
 def _nucleus(weight_L: Float[Array, " L"], share: float | int) -> Bool[Array, " L"]:

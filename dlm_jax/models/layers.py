@@ -113,30 +113,37 @@ def attention(
     batch, size, heads, width = q_BQNH.shape
     kv_heads = k_BKLH.shape[1]
     exact = precision(q_BQNH.dtype)
-    q_BQKRH = q_BQNH.reshape(batch, size, kv_heads, heads // kv_heads, width)
-    scores_BKRQL = jnp.einsum(
-        "BKRQH,BKLH->BKRQL",
-        q_BQKRH.transpose(0, 2, 3, 1, 4),
+    # The queries that share a KV head side by side, X = R Q: XLA's CPU backend then computes all of
+    # this tile by tile and never holds the scores.
+    q_BKRQH = q_BQNH.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    scores_BKXL = jnp.einsum(
+        "BKXH,BKLH->BKXL",
+        q_BKRQH.reshape(batch, kv_heads, -1, width),
         k_BKLH,
         precision=exact,
         preferred_element_type=jnp.float32,
-    ) * (1.0 / math.sqrt(width))
-    scores_BKRQL = jnp.where(mask_BQL[:, None, None], scores_BKRQL, jnp.finfo(jnp.float32).min)
-    shifted_BKRQL = scores_BKRQL - jax.lax.stop_gradient(
-        jnp.max(scores_BKRQL, axis=-1, keepdims=True)
     )
-    mass_BKRQL = jnp.exp(shifted_BKRQL)
-    total_BKRQ1 = jnp.sum(mass_BKRQL, axis=-1, keepdims=True)
+    bias_BQL = jnp.where(mask_BQL, 0.0, jnp.finfo(jnp.float32).min)
+    if mask_BQL.shape[1] > 1:
+        bias_BQL = jnp.tile(bias_BQL, (1, heads // kv_heads, 1))
+    scores_BKXL = scores_BKXL + bias_BQL[:, None]
+    shifted_BKXL = scores_BKXL - jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
+    mass_BKXL = jnp.exp(shifted_BKXL * (1.0 / math.sqrt(width)))
+    total_BKX1 = jnp.sum(mass_BKXL, axis=-1, keepdims=True)
     # Normalised after the product, which is the smaller array.
-    out_BKRQH = (
+    out_BKXH = (
         jnp.einsum(
-            "BKRQL,BKLH->BKRQH",
-            mass_BKRQL.astype(v_BKLH.dtype),
+            "BKXL,BKLH->BKXH",
+            mass_BKXL.astype(v_BKLH.dtype),
             v_BKLH,
             precision=exact,
             preferred_element_type=jnp.float32,
         )
-        / total_BKRQ1
+        / total_BKX1
     )
-    out_BQKRH = out_BKRQH.transpose(0, 3, 1, 2, 4).astype(v_BKLH.dtype)
-    return out_BQKRH.reshape(batch, size, heads, width), mass_BKRQL / total_BKRQ1
+    out_BQKRH = out_BKXH.reshape(q_BKRQH.shape).transpose(0, 3, 1, 2, 4).astype(v_BKLH.dtype)
+    weights_BKXL = mass_BKXL / total_BKX1
+    return (
+        out_BQKRH.reshape(batch, size, heads, width),
+        weights_BKXL.reshape(*q_BKRQH.shape[:4], -1),
+    )
