@@ -55,7 +55,7 @@ def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
 
     (rows, width), config = seen.hidden_RWD.shape[:2], setup.model.config
     groups = math.ceil(rows * width * config.vocab_size / LOGITS)
-    if groups == 1 or setup.logits_processor is not None or setup.decode.strategy == "klass":
+    if groups <= 1 or setup.logits_processor is not None or setup.decode.strategy == "klass":
         return some(seen.hidden_RWD, seen.slot_BW)
     size = math.ceil(width / min(groups, width))
 
