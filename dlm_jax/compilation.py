@@ -5,6 +5,7 @@ and find it again by its text, the compiler's version and options, and the hardw
 no business to write files unasked, so importing `dlm_jax` switches nothing on; the commands do.
 """
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable
@@ -84,7 +85,11 @@ def _forget_oldest(folder: Path, limit: int) -> None:
     JAX has a limit of its own, `jax_compilation_cache_max_size`. It takes a lock for every program,
     and keeps nothing more once a process was killed between the two files of an entry.
     """
-    entries = [(path, path.stat()) for path in folder.rglob("*") if path.is_file()]
+    entries = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another command tidies up as well
+            if path.is_file():
+                entries.append((path, path.stat()))
     entries.sort(key=lambda entry: max(entry[1].st_atime, entry[1].st_mtime), reverse=True)
     total = 0
     for path, status in entries:

@@ -46,7 +46,8 @@ class GenerateOutput(NamedTuple):
     positions_asked: Float[Array, "T B"]
     """Positions that the cache method asked for in every forward, mean over the layers."""
     positions_computed: Float[Array, "T B"]
-    """Query slots that were computed for them, padding included, mean over the layers."""
+    """Query slots that were computed for them, padding included, mean over the layers; also those
+    that wide forwards spare a row because it is done, or begins like another one."""
     variant: Int[Array, " T"]
     """Which of the cache method's step shapes every forward had; -1 where there was none."""
     computed: Bool[Array, "T B L"] | None
@@ -94,7 +95,9 @@ def diffusion_generate(
     """Generates `decode.gen_length` tokens after each prompt, in one compiled program.
 
     Composes with `jit`, `vmap` and sharded parameters; `model`, `decode`, `cache`, `record` and
-    `logits_processor` are static.
+    `logits_processor` are static. A batch that is sharded over devices becomes what it should, but
+    every device computes all of its wide forwards; `jax.shard_map`, with one key per row, splits
+    them.
 
     Args:
       params: parameters of `model`; the forward runs in their dtype.

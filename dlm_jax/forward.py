@@ -19,8 +19,8 @@ class Seen(NamedTuple):
 
     slot_BW: Int[Array, "B W"]
     """Where predictions are wanted; L marks an unused entry."""
-    hidden_RWD: Float[Array, "R W D"]
-    """The hidden states that predict these slots: R = B, or 2 B with the copies of guidance."""
+    hidden_BWD: Float[Array, "B2 W D"]
+    """The hidden states that predict these slots; 2 B rows if there are copies for guidance."""
     read_BL: Bool[Array, "B L"]
     """Masks among these slots, as far as they were wanted and computed."""
     cache: tuple[PyTree, ...]
@@ -57,15 +57,15 @@ def forward(setup: Setup, state: DecodeState, rows: Row, variant: Variant) -> Se
     if setup.decode.guided:  # the network sees 2 B rows
         canvas_BL = guidance.canvases(state.tokens_BL, state.committed_at_BL, config.mask_id)
         work = guidance.with_copy(work)._replace(tokens_BL=canvas_BL)
-    (hidden_RWD, acc), cache = _compute(setup, work, state.cache, variant)
+    (hidden_BWD, acc), cache = _compute(setup, work, state.cache, variant)
     if setup.decode.guided:
         acc = guidance.without_copy(acc)
-    return Seen(slot_BW, hidden_RWD, read_BL, cache, acc)
+    return Seen(slot_BW, hidden_BWD, read_BL, cache, acc)
 
 
 def _compute(
     setup: Setup, work: Work, cache: PyTree, variant: Variant
-) -> tuple[tuple[Float[Array, "B W D"], PyTree], PyTree]:
+) -> tuple[tuple[Float[Array, "B2 W D"], PyTree], PyTree]:
     """Hidden states that predict the wanted slots, what the layers accumulated, the new cache."""
     method, geo, config = setup.method, setup.geo, setup.model.config
     batch = work.tokens_BL.shape[0]
@@ -88,19 +88,19 @@ def _compute(
 
     layers = method.layers(variant, config, geo)
     size = turns.rows_per_turn(batch, variant.capacity)
-    if size == batch:
+    if size == batch:  # all at once
         return network(work, cache, layers)
 
-    def some(row_T: Array, cache: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
-        part = turns.take(work, row_T)
-        real_T = row_T < batch
-        part = part._replace(selected_BL=part.selected_BL & real_T[:, None])
-        on_rows = [(low, high, turns.on_rows(layer, row_T)) for low, high, layer in layers]
+    def turn(row_C: Array, cache: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
+        part = turns.take(work, row_C)
+        real_C = row_C < batch
+        part = part._replace(selected_BL=part.selected_BL & real_C[:, None])
+        on_rows = [(low, high, turns.on_rows(layer, row_C)) for low, high, layer in layers]
         return network(part, cache, tuple(on_rows))
 
     alike = (work.tokens_BL, work.selected_BL, work.slots.valid_BL, work.slot_BW)
     twin_B = turns.twins(alike, work.rows.step == 0)
-    return turns.by_turns(some, cache, jnp.any(work.selected_BL, axis=-1), twin_B, size)
+    return turns.by_turns(turn, cache, jnp.any(work.selected_BL, axis=-1), twin_B, size)
 
 
 def _shadowed(setup: Setup, state: DecodeState, rows: Row) -> Seen:

@@ -289,9 +289,15 @@ def _log_likelihood(
             versions.append(jnp.where(in_prompt_L[None, None], model.config.mask_id, versions[0]))
         tokens_SGBL = jnp.stack(versions, axis=1)
         shape = tokens_SGBL.shape
-        copied = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * math.prod(shape[:2])), slots)
+        rows = (-1, shape[-1])
+        copied = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (*shape[:2], *leaf.shape)).reshape(
+                *rows, *leaf.shape[2:]
+            ),
+            slots,
+        )
         hidden: Any = model.apply(
-            {"params": params}, tokens_SGBL.reshape(-1, shape[-1]), copied, method="encode"
+            {"params": params}, tokens_SGBL.reshape(rows), copied, method="encode"
         )
         # One copy at a time: the logits of all would be the largest array by far.
         scores_SB = jax.lax.map(score, (hidden.reshape(*shape, -1), slot_SBW, weight_SBW))

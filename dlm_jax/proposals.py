@@ -19,7 +19,7 @@ from dlm_jax.state import DecodeState, Setup, position_keys
 from dlm_jax.typing import Array, Float, Int
 
 LOGITS = 2**26
-"""About the most logits that are held at a time; 256 MiB."""
+"""About the most logits of a group, 256 MiB; but one position of every row at the least."""
 
 
 class Proposals(NamedTuple):
@@ -41,7 +41,7 @@ class Proposals(NamedTuple):
 def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
     """Reads the logits and draws a candidate at every position that was read."""
 
-    def some(hidden: Float[Array, "R w D"], slot_Bw: Int[Array, "B w"]) -> Proposals:
+    def group(hidden: Float[Array, "B2 w D"], slot_Bw: Int[Array, "B w"]) -> Proposals:
         logits = _logits(setup, state, hidden, slot_Bw)
         sampled = sample(
             logits,
@@ -53,14 +53,14 @@ def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
         )
         return _reduce(setup, state, sampled, slot_Bw)
 
-    (rows, width), config = seen.hidden_RWD.shape[:2], setup.model.config
+    (rows, width), config = seen.hidden_BWD.shape[:2], setup.model.config
     groups = math.ceil(rows * width * config.vocab_size / LOGITS)
     if groups <= 1 or setup.logits_processor is not None or setup.decode.strategy == "klass":
-        return some(seen.hidden_RWD, seen.slot_BW)
+        return group(seen.hidden_BWD, seen.slot_BW)
     size = math.ceil(width / min(groups, width))
 
     def split(values: Array, fill: int) -> Array:
-        """`[R, W, ...]` as `[groups, R, w, ...]`."""
+        """`[rows, W, ...]` as `[groups, rows, w, ...]`, w slots to a group."""
         short = -width % size
         values = jnp.pad(
             values, ((0, 0), (0, short), *[(0, 0)] * (values.ndim - 2)), constant_values=fill
@@ -70,8 +70,8 @@ def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
     def join(values: Array) -> Array:
         return values.swapaxes(0, 1).reshape(values.shape[1], -1)[:, :width]
 
-    parts = (split(seen.hidden_RWD, 0), split(seen.slot_BW, setup.geo.length))
-    return jax.tree.map(join, jax.lax.map(lambda part: some(*part), parts))
+    parts = (split(seen.hidden_BWD, 0), split(seen.slot_BW, setup.geo.length))
+    return jax.tree.map(join, jax.lax.map(lambda part: group(*part), parts))
 
 
 def _reduce(
@@ -91,10 +91,10 @@ def _reduce(
 
 
 def _logits(
-    setup: Setup, state: DecodeState, hidden_RWD: Float[Array, "R W D"], slot_BW: Int[Array, "B W"]
+    setup: Setup, state: DecodeState, hidden_BWD: Float[Array, "B2 W D"], slot_BW: Int[Array, "B W"]
 ) -> Float[Array, "B W V"]:
     """The logits after everything that the user wants to be done to them."""
-    logits, hook = unembed(setup.model, setup.params, hidden_RWD), setup.logits_processor
+    logits, hook = unembed(setup.model, setup.params, hidden_BWD), setup.logits_processor
     if setup.numbers.cfg_scale is not None:
         conditional, unconditional = jnp.split(logits, 2)
         logits = guidance.combine(conditional, unconditional, setup.numbers.cfg_scale)

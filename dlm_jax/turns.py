@@ -21,12 +21,15 @@ WIDE = 256
 """Forwards with fewer positions per row are not taken in turns: they have little to save, and a
 turn moves the rows' K/V once more."""
 
-Compute = Callable[[Int[Array, " T"], PyTree], tuple[PyTree, PyTree]]
-"""`(row_T, cache) -> (out [T, ...], cache)`: the network over some rows; B marks an empty entry."""
+Compute = Callable[[Int[Array, " C"], PyTree], tuple[PyTree, PyTree]]
+"""`(row_C, cache) -> (out [C, ...], cache)`: the network over some rows; B marks an empty entry."""
 
 
 def rows_per_turn(batch: int, capacity: int) -> int:
-    """T, for a forward over so many query slots per row: even turns of about `POSITIONS`."""
+    """C, for a forward over so many query slots per row: even turns of about `POSITIONS`.
+
+    B means that there is nothing to take in turns.
+    """
     if capacity < WIDE or batch * capacity <= POSITIONS:
         return batch
     turns = math.ceil(batch / max(1, POSITIONS // capacity))
@@ -37,7 +40,7 @@ def twins(alike: tuple[Array, ...], fresh_B: Bool[Array, " B"]) -> Int[Array, " 
     """The first row that equals each row in all arrays `[B, L]`, where both are fresh; else itself.
 
     Args:
-      alike: everything in which fresh rows can differ.
+      alike: all that a forward over a fresh row depends on.
       fresh_B: rows that have no history.
     """
     same_BB = fresh_B[:, None] & fresh_B[None]
@@ -61,7 +64,7 @@ def by_turns(
       cache: pytree of `[B, ...]` arrays.
       wanted_B: rows to compute; the others keep their cache, and their output is zero.
       twin_B: see `twins`; a row that is not its own twin gets copies.
-      size: T, static.
+      size: C, static.
 
     Returns:
       The outputs `[B, ...]` and the new cache.
@@ -70,55 +73,55 @@ def by_turns(
     own_B = twin_B == jnp.arange(batch)
 
     def listed(member_B: Array) -> tuple[Array, Array]:
-        """The rows of a set, then B, and how many turns they take."""
-        (row_B,) = jnp.nonzero(member_B, size=batch + size, fill_value=batch)
-        return row_B.astype(jnp.int32), jnp.sum(member_B, dtype=jnp.int32)
+        """The rows of a set, B in all entries behind them, and their number."""
+        (rows,) = jnp.nonzero(member_B, size=batch + size, fill_value=batch)
+        return rows.astype(jnp.int32), jnp.sum(member_B, dtype=jnp.int32)
 
     def turn(i: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         out, cache = carry
-        row_T = jax.lax.dynamic_slice(first_B, (i * size,), (size,))
-        some, cache = compute(row_T, cache)
-        return put(out, some, row_T), cache
+        row_C = jax.lax.dynamic_slice(computed, (i * size,), (size,))
+        some, cache = compute(row_C, cache)
+        return put(out, some, row_C), cache
 
     def copy(i: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        row_T = jax.lax.dynamic_slice(second_B, (i,), (1,))
-        return put(carry, take(carry, twin_B.at[row_T].get(mode="clip")), row_T)
+        row_C = jax.lax.dynamic_slice(copied, (i,), (1,))
+        return put(carry, take(carry, twin_B.at[row_C].get(mode="clip")), row_C)
 
-    first_B, count = listed(wanted_B & own_B)
-    second_B, copies = listed(wanted_B & ~own_B)
-    shapes, _ = jax.eval_shape(compute, first_B[:size], cache)
+    computed, count = listed(wanted_B & own_B)
+    copied, copies = listed(wanted_B & ~own_B)
+    shapes, _ = jax.eval_shape(compute, computed[:size], cache)
     out = jax.tree.map(lambda leaf: jnp.zeros((batch, *leaf.shape[1:]), leaf.dtype), shapes)
     carry = jax.lax.fori_loop(0, (count + size - 1) // size, turn, (out, cache))
     return jax.lax.fori_loop(0, copies, copy, carry)
 
 
-def on_rows(layer: LayerFn, row_T: Int[Array, " T"]) -> LayerFn:
+def on_rows(layer: LayerFn, row_C: Int[Array, " C"]) -> LayerFn:
     """A layer function that sees some rows of the cache. One layer at a time, so as not to hold
     another copy of the whole cache of these rows."""
 
-    def some(
+    def on_their_cache(
         block: Block, carry: tuple[Array, PyTree], layer_cache: PyTree, queries: Queries
     ) -> tuple[tuple[Array, PyTree], PyTree]:
         hidden, _ = carry
         # Nothing but the layers before has the compiler take the rows of a layer after those of
         # another. The comparison is never true, which it cannot know; `optimization_barrier` is
         # gone by the time that XLA's CPU backend orders operations.
-        late = (hidden[0, 0, 0] > jnp.inf).astype(row_T.dtype)
-        carry, new = layer(block, carry, take(layer_cache, row_T + late), queries)
-        return carry, put(layer_cache, new, row_T)
+        late = (hidden[0, 0, 0] > jnp.inf).astype(row_C.dtype)
+        carry, new = layer(block, carry, take(layer_cache, row_C + late), queries)
+        return carry, put(layer_cache, new, row_C)
 
-    return some
+    return on_their_cache
 
 
-def take(values: PyTree, row_T: Int[Array, " T"]) -> PyTree:
+def take(values: PyTree, row_C: Int[Array, " C"]) -> PyTree:
     """Some rows of `[B, ...]` arrays; for an empty entry, any."""
-    return jax.tree.map(lambda leaf: leaf.at[row_T].get(mode="clip"), values)
+    return jax.tree.map(lambda leaf: leaf.at[row_C].get(mode="clip"), values)
 
 
-def put(values: PyTree, updates: PyTree, row_T: Int[Array, " T"]) -> PyTree:
+def put(values: PyTree, updates: PyTree, row_C: Int[Array, " C"]) -> PyTree:
     """The arrays with these rows replaced; empty entries write nothing."""
 
     def leaf(value: Array, update: Array) -> Array:
-        return value.at[row_T].set(update, mode="drop", unique_indices=True)
+        return value.at[row_C].set(update, mode="drop", unique_indices=True)
 
     return jax.tree.map(leaf, values, updates)

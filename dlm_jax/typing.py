@@ -1,11 +1,12 @@
 """The letters for axes, and the array types that public signatures are written in.
 
 Every shape in the project is spelled with these letters, in names (`tokens_BL`), in einsums
-(`"BKRQH,BKLH->BKRQL"`) and in annotations:
+(`"BKXH,BKLH->BKXL"`) and in annotations:
 
 | letter | axis |
 |---|---|
-| B | batch, one row per sequence |
+| B | batch, one row per sequence; `B2` twice as many, with the copies of guidance |
+| C | some rows of a batch, computed together |
 | P | prompt slots, left-padded |
 | G | generated slots |
 | A | slots of a given answer, right-padded |
@@ -17,6 +18,7 @@ Every shape in the project is spelled with these letters, in names (`tokens_BL`)
 | N | query heads |
 | K | key and value heads |
 | R | query heads per key head, `R = N / K` |
+| X | queries that meet the same keys, `X = R Q` |
 | H | width of one head |
 | V | vocabulary |
 | S | a stretch of slots, such as a block; in a likelihood, masked copies of a row |

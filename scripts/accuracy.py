@@ -32,7 +32,8 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from train_tiny import accuracy, write_json
+from files import write_json
+from train_tiny import accuracy
 
 from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_generate, tokenizer
 from dlm_jax.arithmetic import Problem, problems

@@ -39,8 +39,8 @@ import numpy as np
 import random_weights
 from bench_report import COUNTED, MEASURED, Case, Row
 from bench_run import Inputs, dry_run, measure, note, profile
+from files import write_json
 from roofline import Ceilings, step_products
-from train_tiny import write_json
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint, compilation, models
@@ -269,6 +269,8 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} is {path}; it must be a file in a writable directory.")
     if args.profile is not None:
         args.profile.mkdir(parents=True, exist_ok=True)
+        if not os.access(args.profile, os.W_OK | os.X_OK):
+            raise ValueError(f"--profile is {args.profile}; it must be a writable directory.")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from files import write
 from roofline import Ceilings, Product, total_bytes, total_flops
-from train_tiny import write
 
 from dlm_jax.cache import CacheMethod
 from dlm_jax.config import DecodeConfig

@@ -182,6 +182,9 @@ def profile(case: Case, inputs: Inputs, directory: Path) -> None:
         if shape not in programs:
             programs[shape] = one_step.lower(constants, state, variants[shape]).compile()
         state = jax.block_until_ready(programs[shape](constants, state))
+    else:
+        note(f"{case.label} repeats no cached step here, so none was traced")
+        return
     program = programs[shape]
     (directory / "step.hlo.txt").write_text(program.as_text(), encoding="utf-8")
     with jax.profiler.trace(directory):

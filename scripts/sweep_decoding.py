@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accuracy import SUREST, check, encode, make_parser, solve
-from train_tiny import accuracy, write, write_json
+from files import write, write_json
+from train_tiny import accuracy
 
 from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
 from dlm_jax.arithmetic import Problem, problems

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?(\S+) = .*op_name="([^"]*)"', re.M)
 
+_AROUND = re.compile(r"^\s*(?:ROOT )?%?(\S+) = .*? (?:while|conditional|call)\(", re.M)
+"""Loops and branches, which last as long as what is in them."""
+
 
 class Part(NamedTuple):
     """All operations that were made from one line of the network."""
@@ -38,10 +41,11 @@ def parts(events: Iterable[dict[str, Any]], program: str) -> list[Part]:
       program: the compiled program as text.
     """
     origin = dict(_INSTRUCTION.findall(program))
+    around = set(_AROUND.findall(program))
     micros, counts = collections.Counter[str](), collections.Counter[str]()
     for event in events:
         operation = event.get("args", {}).get("hlo_op")
-        if event.get("ph") != "X" or operation is None:
+        if event.get("ph") != "X" or operation is None or operation in around:
             continue
         # Operations that the compiler has added for its own purposes have no origin.
         name = origin.get(operation) or re.sub(r"[.\d]+$", "", operation)

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
+from files import write, write_json
 from optax.contrib import MuonDimensionNumbers
 from tiny_recipe import (
     ASSISTANT,
@@ -263,22 +263,6 @@ def evaluate(directory: Path, count: int, seed: int, gen_length: int) -> None:
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes a file in one step: whoever reads it sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one step."""
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def export(directory: Path, config: Config, params: Params, tokenizer: Tokenizer) -> None:

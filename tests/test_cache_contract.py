@@ -378,27 +378,27 @@ def in_turns(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "cfg_scale"),
+    ("family", "method", "cfg_scale"),
     [
-        pytest.param(make("dllm"), 0.5, id="dllm-guided"),
-        pytest.param(make("d2cache"), 0.0, id="d2cache"),
+        pytest.param("llada", make("dllm"), 0.5, id="dllm-guided"),
+        pytest.param("dream", make("dual"), 0.0, id="dual-dream"),
         *(
-            pytest.param(make(name), 0.0, id=name, marks=pytest.mark.slow)
+            pytest.param("llada", make(name), 0.0, id=name, marks=pytest.mark.slow)
             for name in cache_lib.METHODS
-            if name != "d2cache"
         ),
     ],
 )
-def test_turns_change_nothing(method, cfg_scale, monkeypatch, request):
+def test_turns_change_nothing(family, method, cfg_scale, monkeypatch, request):
     """Rows that end at different times, two of them equal, with padding."""
     prompt = np.concatenate([PROMPT, PROMPT[:1], prompts(2, 6, seed=5)])
     mask = np.concatenate([MASK, MASK[:1], np.ones((2, 6), bool)])
-    decode = decoding(method, stop_until_eos=True, cfg_scale=cfg_scale)
+    eos_id = {"llada": 38, "dream": 4}[family]  # tokens that these models happen to choose
+    decode = decoding(method, stop_until_eos=True, eos_id=eos_id, cfg_scale=cfg_scale)
     given = dict(prompt=prompt, mask=mask, key=jax.random.split(KEY, 5), decode=decode)
-    whole = generate("llada", method, **given)
+    whole = generate(family, method, **given)
     request.getfixturevalue("in_turns")
     monkeypatch.setattr(turns, "POSITIONS", 2 * 14)
-    parts = generate("llada", method, **given)
+    parts = generate(family, method, **given)
     assert len(set(whole.steps.tolist())) > 1
     chex.assert_trees_all_close(parts, whole, rtol=1e-5)
 

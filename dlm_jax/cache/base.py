@@ -233,14 +233,21 @@ class CacheMethod:
     def init_cache(
         self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
     ) -> tuple[PyTree, ...]:
-        """One pytree per layer, for the whole batch."""
+        """One pytree per layer, for the whole batch: every leaf is `[B, ...]`.
+
+        Wide forwards see some rows of it at a time (`dlm_jax/turns.py`).
+        """
         shape = (batch, config.num_kv_heads, geo.length, config.head_dim)
         return tuple(
             KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
         )
 
     def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> PyTree:
-        """What the layer functions accumulate from, `[B, ...]`; `rows` is stacked over B."""
+        """What the layer functions accumulate from, `[B, ...]`; `rows` is stacked over B.
+
+        In a row's first step it must follow from its tokens and its queries: rows that are equal in
+        these are then computed once.
+        """
         del rows, queries, geo
         return ()
 
