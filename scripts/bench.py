@@ -254,19 +254,19 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses targets that cannot be written, or not by this run."""
     if args.dry_run and (args.plot or args.profile):
         raise ValueError("--dry-run measures nothing; leave --plot and --profile out.")
-    if args.plot is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
-        if args.plot.suffix != ".png":
-            raise ValueError(f"--plot is {args.plot}; it must name a PNG file.")
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise ValueError(f"--plot is {args.plot}; it must name a PNG file.")
     for option, path in (("--json", args.json), ("--plot", args.plot)):
         if path is None:
             continue
         usable = path.is_file() or not (path.exists() or path.is_symlink())
         if not (usable and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
             raise ValueError(f"{option} is {path}; it must be a file in a writable directory.")
+    if args.plot is not None:
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError as error:
+            raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
     if args.profile is not None:
         args.profile.mkdir(parents=True, exist_ok=True)
         if not os.access(args.profile, os.W_OK | os.X_OK):
