@@ -55,7 +55,9 @@ def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
 
     (rows, width), config = seen.hidden_BWD.shape[:2], setup.model.config
     groups = math.ceil(rows * width * config.vocab_size / LOGITS)
-    if groups <= 1 or setup.logits_processor is not None or setup.decode.strategy == "klass":
+    # Whole distributions are kept, and a hook is told everything in one call.
+    together = state.stability is not None or setup.logits_processor is not None
+    if groups <= 1 or together:
         return group(seen.hidden_BWD, seen.slot_BW)
     size = math.ceil(width / min(groups, width))
 
@@ -78,15 +80,15 @@ def _reduce(
     setup: Setup, state: DecodeState, sampled: Sampled, slot_BW: Int[Array, "B W"]
 ) -> Proposals:
     """Keeps of the distributions only what the decoding wants."""
-    decode, there_BW = setup.decode, queries.gather(state.tokens_BL, slot_BW)
+    there_BW = queries.gather(state.tokens_BL, slot_BW)
     revokes = setup.numbers.narrow_out_thres is not None
     return Proposals(
         sampled.token,
         sampled.score,
         sampled.confidence,
         entropy=entropy(sampled.tempered) if setup.numbers.gamma is not None else None,
-        standing=sampled.confidence_in(there_BW, decode.alg) if revokes else None,
-        tempered=sampled.tempered if decode.strategy == "klass" else None,
+        standing=sampled.confidence_in(there_BW, setup.decode.alg) if revokes else None,
+        tempered=None if state.stability is None else sampled.tempered,
     )
 
 

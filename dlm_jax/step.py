@@ -1,7 +1,7 @@
 """One denoising step: from a state to the next.
 
-    select -> pack -> walk over the layers -> hidden states at masks that may be
-    filled -> candidate and confidence -> which to commit -> observe -> next step or block
+    select -> pack -> walk over the layers -> hidden states where tokens may be put
+           -> candidate and confidence -> which to commit -> observe -> next step or block
 
 The step is ids in, ids out. It knows no model and no cache method by name: whatever is static
 (model, decoding configuration, method, geometry) and whatever stays constant is in `Setup`,

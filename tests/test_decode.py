@@ -381,10 +381,27 @@ one, two = (
 np.testing.assert_array_equal(one.tokens, two.tokens)
 np.testing.assert_allclose(one.confidence, two.confidence, atol=1e-5)
 print("equal on", len(two.tokens.sharding.device_set), "devices")
+
+# A batch in parts: one key per row, so that no row knows where it stands.
+parts = PartitionSpec("model")
+keys = jax.random.split(jax.random.key(1), 4)
+decode = DecodeConfig(gen_length=8, block_length=4, temperature=5.0)
+
+def tokens(params, prompt, key):
+    return diffusion_generate(params, model, prompt, key=key, decode=decode).tokens
+
+split = jax.shard_map(
+    tokens, mesh=mesh, in_specs=(PartitionSpec(), parts, parts), out_specs=parts, check_vma=False
+)
+same = np.repeat(prompts(1, 5), 4, axis=0)
+out = jax.jit(split)(params, same, keys)
+np.testing.assert_array_equal(out, tokens(params, same, keys))
+assert len(np.unique(out, axis=0)) == 4
+print("equal in", len(out.sharding.device_set), "parts")
 """
 
 
-def test_sharded_parameters_give_the_same_tokens():
+def test_sharded_parameters_and_batches_give_the_same_tokens():
     flags = dict(
         XLA_FLAGS="--xla_force_host_platform_device_count=2",
         PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), *sys.path]),
@@ -392,4 +409,4 @@ def test_sharded_parameters_give_the_same_tokens():
     done = subprocess.run(
         [sys.executable, "-c", SHARDED], env=os.environ | flags, capture_output=True, text=True
     )
-    assert done.stdout == "equal on 2 devices\n", done.stderr
+    assert done.stdout == "equal on 2 devices\nequal in 2 parts\n", done.stderr

@@ -112,20 +112,21 @@ def attention(
     """
     batch, size, heads, width = q_BQNH.shape
     kv_heads = k_BKLH.shape[1]
+    groups = heads // kv_heads
     exact = precision(q_BQNH.dtype)
     # The queries that share a KV head side by side, X = R Q: XLA's CPU backend then computes all of
     # this tile by tile and never holds the scores.
-    q_BKRQH = q_BQNH.reshape(batch, size, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+    q_BKRQH = q_BQNH.reshape(batch, size, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
     scores_BKXL = jnp.einsum(
         "BKXH,BKLH->BKXL",
-        q_BKRQH.reshape(batch, kv_heads, -1, width),
+        q_BKRQH.reshape(batch, kv_heads, groups * size, width),
         k_BKLH,
         precision=exact,
         preferred_element_type=jnp.float32,
     )
     bias_BQL = jnp.where(mask_BQL, 0.0, jnp.finfo(jnp.float32).min)
     if mask_BQL.shape[1] > 1:
-        bias_BQL = jnp.tile(bias_BQL, (1, heads // kv_heads, 1))
+        bias_BQL = jnp.tile(bias_BQL, (1, groups, 1))
     scores_BKXL = scores_BKXL + bias_BQL[:, None]
     shifted_BKXL = scores_BKXL - jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
     mass_BKXL = jnp.exp(shifted_BKXL * (1.0 / math.sqrt(width)))
@@ -145,5 +146,5 @@ def attention(
     weights_BKXL = mass_BKXL / total_BKX1
     return (
         out_BQKRH.reshape(batch, size, heads, width),
-        weights_BKXL.reshape(*q_BKRQH.shape[:4], -1),
+        weights_BKXL.reshape(*q_BKRQH.shape[:4], k_BKLH.shape[2]),
     )
