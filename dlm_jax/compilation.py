@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk for the next process that needs them.
+"""Compiled programs: kept on disk for the next process that needs them, and measured.
 
 Compiling takes longer than most answers of a small model. JAX can keep what XLA made of a program
 and find it again by its text, the compiler's version and options, and the hardware. A library has
@@ -59,6 +59,18 @@ def use_cache(enabled: bool = True) -> str | None:
     # JAX then compiles as if there were no entry, which is all that the user would do about it.
     warnings.filterwarnings("ignore", "Error (read|writ)ing persistent compilation cache entry")
     return str(folder)
+
+
+def memory_mib(program: Any) -> dict[str, float]:
+    """What a compiled program needs on a device, in MiB; the parameters are among the arguments."""
+    stats = program.memory_analysis()
+    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
+    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return dict(
+        arguments_mib=arguments / 2**20,
+        temporaries_mib=temporaries / 2**20,
+        program_mib=total / 2**20,
+    )
 
 
 def _private_folder() -> Path:

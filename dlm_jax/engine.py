@@ -2,11 +2,11 @@
 
 The layer between `diffusion_generate`, which wants rectangular arrays, and whoever has prompts of
 unequal length: the command, the conversation, an evaluation. Compilation is a step of its own, so
-that it can be announced and is never counted as decoding time.
+that it can be announced and is never counted as decoding time. A batch may be divided over the
+devices of a mesh; a row's answer is the same wherever it is computed.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -14,82 +14,21 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from dlm_jax import compilation, sharding
 from dlm_jax import tokenizer as tokenizer_lib
+from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import Frame, diffusion_generate, diffusion_stream
 from dlm_jax.models import Config
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What became of one prompt.
-
-    Attributes:
-      ids: the generated token ids; with infilling the whole row, prompt included. What was not
-        filled in the end is a mask.
-      committed_at: model forward in which each of `ids` was committed; -1 if it was given, or is
-        still a mask.
-      text: `ids` up to the end of the answer as text, without masks; None without a tokenizer.
-      tokens: number of generated tokens up to the end of the answer.
-      masks: number of masks that were left there.
-    """
-
-    ids: list[int]
-    committed_at: list[int]
-    text: str | None
-    tokens: int
-    masks: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """A finished batch.
-
-    Attributes:
-      answers: one per prompt.
-      frames: `[step][row]` the ids after every model forward, over the same positions as
-        `Answer.ids`; None unless asked for.
-      nfe: model forwards.
-      positions: positions that a forward computed per row, mean over the forwards.
-      tokens_per_forward: tokens that a row committed in each forward in which it had something to
-        fill, those behind the end of the answer included; mean over the rows.
-      compile_seconds: time spent on tracing and compiling; 0 if the program was there already.
-      seconds: time spent on decoding.
-    """
-
-    answers: list[Answer]
-    frames: list[list[list[int]]] | None
-    nfe: int
-    positions: float
-    tokens_per_forward: float
-    compile_seconds: float
-    seconds: float
-
-    @property
-    def tokens(self) -> int:
-        return sum(answer.tokens for answer in self.answers)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Key, Params
 
 
 class PromptError(ValueError):
     """A prompt that the model cannot take; one sentence says why."""
-
-
-class Snapshot(NamedTuple):
-    """The canvas after one model forward: per row and position the id, when and how surely."""
-
-    step: int
-    ids: list[list[int]]
-    committed_at: list[list[int]]
-    confidence: list[list[float]]
-    pending: list[int]
-    """Masks of each row that are still to be filled."""
 
 
 def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConfig) -> None:
@@ -118,12 +57,33 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConf
             )
 
 
+class _Raw(NamedTuple):
+    """What results are made of; S is the number of parts that a program divided its rows into."""
+
+    tokens_BL: Any
+    committed_at_BL: Any
+    steps_B: Any
+    nfe_S: Any
+    positions_TB: Any
+    history_TBL: Any
+
+
+class _Batch(NamedTuple):
+    """What the rows of a program differ in."""
+
+    ids_BP: Int[ArrayOrNumpy, "B P"]
+    mask_BP: Bool[ArrayOrNumpy, "B P"]
+    key: Key[Array, "..."]
+    """One, or one per row."""
+
+
 class Engine:
     """A model with its decoding settings, ready for batches of any shape.
 
     Attributes:
       checkpoint: model, parameters and tokenizer.
       decode: decoding settings.
+      mesh: the devices that a batch is divided over; None leaves that to the parameters.
     """
 
     def __init__(
@@ -135,6 +95,7 @@ class Engine:
         token_freq: np.ndarray | None = None,
         history: bool = False,
         progress: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+        mesh: Mesh | None = None,
     ) -> None:
         """Compiles nothing yet.
 
@@ -145,14 +106,34 @@ class Engine:
           token_freq: see `diffusion_generate`.
           history: whether results hold the frames.
           progress: makes a context around a phase that takes its time, told the phase's name.
+          mesh: of `sharding.make_mesh`: the rows of a batch are divided over its axis `data`, the
+            network over its axis `model`. Parameters that do not lie on it as
+            `sharding.param_shardings` says are copied there.
+
+        Raises:
+          ValueError: the mesh has other axes.
         """
+        self._islands = [] if mesh is None else sharding.islands(mesh)
+        self._params = [checkpoint.params]
+        if mesh is not None:
+            params = sharding.place(checkpoint.params, checkpoint.config, mesh)
+            checkpoint = checkpoint._replace(params=params)
+            self._params = [sharding.on_island(params, island) for island in self._islands]
         self.checkpoint = checkpoint
         self.decode = decode
+        self.mesh = mesh
         self._cache = cache
         self._token_freq = token_freq
         self._history = history
         self._progress = progress
-        self._programs: dict[tuple[int, ...], Any] = {}
+        self._programs: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+
+    @property
+    def memory_mib(self) -> float:
+        """What the largest program needs on a device so far, parameters included; 0 before any."""
+        programs = (program for programs in self._programs.values() for program in programs)
+        needs = (compilation.memory_mib(program)["program_mib"] for program in programs)
+        return max(needs, default=0.0)
 
     def run(
         self,
@@ -164,12 +145,14 @@ class Engine:
 
         Args:
           rows: token ids of the prompts, of any lengths.
-          key: PRNG key; used at temperature > 0 only.
+          key: one PRNG key, or one per row; used at temperature > 0 only.
           draw: called after every model forward. The answers are the same with and without it, but
             the forwards are then compiled calls of their own. The time spent in it does not count.
+            Not for a batch that is divided over a mesh.
 
         Raises:
           PromptError: see `check_rows`.
+          ValueError: `key` is not for so many rows, or `draw` is given with a mesh.
         """
         config = self.checkpoint.config
         check_rows(rows, config, self.decode)
@@ -178,30 +161,75 @@ class Engine:
         if draw is not None:
             return self._stepwise(rows, ids_BP, mask_BP, key, draw)
 
+        given = self._arguments(_Batch(ids_BP, mask_BP, key))
         start = time.perf_counter()
-        if ids_BP.shape not in self._programs:
+        shapes = tuple(leaf.shape for leaf in given[0][1])
+        if shapes not in self._programs:
             with self._progress("compiling"):
-                traced = jax.jit(self._generate).lower(self.checkpoint.params, ids_BP, mask_BP, key)
-                self._programs[ids_BP.shape] = traced.compile()
+                self._programs[shapes] = [
+                    self._compile(i, arguments) for i, arguments in enumerate(given)
+                ]
         compiled = time.perf_counter()
         with self._progress("denoising"):
-            out = self._programs[ids_BP.shape](self.checkpoint.params, ids_BP, mask_BP, key)
-            out = jax.block_until_ready(out)
+            parts = sharding.at_once(self._programs[shapes], given)
         done = time.perf_counter()
+        return self._gather(parts, rows, compiled - start, done - compiled)
 
-        nfe = int(out.nfe)
+    def _arguments(self, batch: _Batch) -> list[tuple[Params, _Batch]]:
+        """What each program is called with: parameters, and some rows of the batch."""
+        if self.mesh is None:
+            return [(self._params[0], batch)]
+        rows = len(batch.ids_BP)
+        batch = batch._replace(key=sharding.row_keys(batch.key, rows))
+        # Copies of the last row, until every part has as many.
+        filled = np.minimum(np.arange(rows + -rows % self.mesh.shape[sharding.DATA]), rows - 1)
+        shares = sharding.split_rows(jax.tree.map(lambda leaf: leaf[filled], batch), self._islands)
+        return list(zip(self._params, shares, strict=True))
+
+    def _compile(self, i: int, arguments: tuple[Params, _Batch]) -> Any:
+        """The program of the island `i`, or the only one."""
+        generate = self._generate
+        if self.mesh is not None:
+            rows, steps = PartitionSpec(sharding.DATA), PartitionSpec(None, sharding.DATA)
+            specs = _Raw(rows, rows, rows, rows, steps, steps)
+            generate = sharding.over_rows(self._generate, self._islands[i], specs)
+        return jax.jit(generate).lower(*arguments).compile()
+
+    def _gather(
+        self,
+        parts: Sequence[_Raw],
+        rows: Sequence[Sequence[int]],
+        compile_seconds: float,
+        seconds: float,
+    ) -> Result:
+        """The result of the whole batch, without what was only there to fill its parts."""
+        count = len(rows)
+
+        def join(arrays: Sequence[Any], axis: int = 0) -> np.ndarray:
+            joined = np.concatenate([np.asarray(array) for array in arrays], axis=axis)
+            return joined[:, :count] if axis else joined[:count]
+
+        tokens_BL = join([part.tokens_BL for part in parts])
+        committed_at_BL = join([part.committed_at_BL for part in parts])
+        each = [len(part.tokens_BL) // len(part.nfe_S) for part in parts]
+        nfe_B = join([np.repeat(part.nfe_S, n) for part, n in zip(parts, each, strict=True)])
+        nfe = int(nfe_B.max())
+        positions_TB = join([part.positions_TB for part in parts], axis=1)[:nfe]
+        ran_TB = np.arange(nfe)[:, None] < nfe_B[None]
         frames = None
-        if out.history is not None:
-            frames = [self._cut(canvas_BL, rows) for canvas_BL in np.asarray(out.history)[:nfe]]
-        ids, committed_at = self._cut(out.tokens, rows), self._cut(out.committed_at, rows)
+        if self._history:
+            history_TBL = join([part.history_TBL for part in parts], axis=1)[:nfe]
+            history_TBL = np.where(ran_TB[:, :, None], history_TBL, tokens_BL[None])
+            frames = [self._cut(canvas_BL, rows) for canvas_BL in history_TBL]
         return self._result(
-            ids,
-            committed_at,
+            self._cut(tokens_BL, rows),
+            self._cut(committed_at_BL, rows),
             frames,
-            np.asarray(out.positions_computed)[:nfe],
-            np.asarray(out.steps),
-            compiled - start,
-            done - compiled,
+            nfe,
+            positions_TB[ran_TB],
+            join([part.steps_B for part in parts]),
+            compile_seconds,
+            seconds,
         )
 
     def _stepwise(
@@ -212,6 +240,12 @@ class Engine:
         key: jax.Array,
         draw: Callable[[Snapshot], None],
     ) -> Result:
+        if self.mesh is not None:
+            raise ValueError(
+                "draw is given, but a batch that is divided over a mesh cannot be watched; leave "
+                "out one of the two."
+            )
+
         def stream() -> Iterator[Frame]:
             return diffusion_stream(
                 self.checkpoint.params,
@@ -249,23 +283,32 @@ class Engine:
             ids,
             committed_at,
             frames if self._history else None,
+            len(positions),
             np.asarray(positions),
             steps_B,
             compile_seconds,
             seconds,
         )
 
-    def _generate(self, params: Any, ids_BP: Any, mask_BP: Any, key: jax.Array) -> Any:
-        return diffusion_generate(
+    def _generate(self, params: Params, batch: _Batch) -> _Raw:
+        out = diffusion_generate(
             params,
             self.checkpoint.model,
-            ids_BP,
-            mask_BP,
-            key=key,
+            batch.ids_BP,
+            batch.mask_BP,
+            key=batch.key,
             decode=self.decode,
             cache=self._cache,
             token_freq=self._token_freq,
             record=("history",) if self._history else (),
+        )
+        return _Raw(
+            out.tokens,
+            out.committed_at,
+            out.steps,
+            out.nfe[None],
+            out.positions_computed,
+            out.history,
         )
 
     def _cut(self, array_BL: Any, rows: Sequence[Sequence[int]]) -> list[list[Any]]:
@@ -293,23 +336,25 @@ class Engine:
         ids: list[list[int]],
         committed_at: list[list[int]],
         frames: list[list[list[int]]] | None,
-        positions_T: np.ndarray,
+        nfe: int,
+        positions: np.ndarray,
         steps_B: np.ndarray,
         compile_seconds: float,
         seconds: float,
     ) -> Result:
         committed_B = np.array([sum(step >= 0 for step in row) for row in committed_at])
+        answers = zip(ids, committed_at, steps_B.tolist(), strict=True)
         return Result(
-            answers=[self._answer(*row) for row in zip(ids, committed_at, strict=True)],
+            answers=[self._answer(*row) for row in answers],
             frames=frames,
-            nfe=len(positions_T),
-            positions=float(positions_T.mean()) if len(positions_T) else 0.0,
+            nfe=nfe,
+            positions=float(positions.mean()) if len(positions) else 0.0,
             tokens_per_forward=float((committed_B / np.maximum(steps_B, 1)).mean()),
             compile_seconds=compile_seconds,
             seconds=seconds,
         )
 
-    def _answer(self, ids: list[int], committed_at: list[int]) -> Answer:
+    def _answer(self, ids: list[int], committed_at: list[int], forwards: int) -> Answer:
         tokenizer, mask_id = self.checkpoint.tokenizer, self.checkpoint.config.mask_id
         kept = self._until_end(ids)
         filled = [token for token in kept if token != mask_id]
@@ -319,4 +364,6 @@ class Engine:
             text=None if tokenizer is None else tokenizer_lib.decode(tokenizer, filled),
             tokens=sum(step >= 0 for step in committed_at[: len(kept)]),
             masks=len(kept) - len(filled),
+            forwards=forwards,
+            last_forward=1 + max(committed_at[: len(kept)], default=-1),
         )

@@ -8,34 +8,19 @@ import contextlib
 import dataclasses
 import functools
 import json
-import os
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
-from dlm_jax import cache, chat, checkpoint, tokenizer
+from dlm_jax import cache, chat, checkpoint, choices, files, tokenizer
+from dlm_jax.answers import Answer, Result
 from dlm_jax.config import DecodeConfig
-from dlm_jax.engine import Answer, Engine, Result, check_rows
+from dlm_jax.engine import Engine, check_rows
 from dlm_jax.live import Canvas
 from dlm_jax.models import Config
-from dlm_jax.sampler import ALGORITHMS
-
-PASSED = (
-    *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),
-    *("alg", "alg_temp", "sigma", "clip_alpha", "threshold", "factor", "gamma"),
-    *("temperature", "top_p", "top_k", "cfg_scale", "max_forwards"),
-)
-"""Options that are fields of `DecodeConfig`."""
-STRATEGY_ARGS = {
-    "klass": ("kl_threshold", "kl_history_length"),
-    "wino": ("wide_in_thres", "narrow_out_thres"),
-}
-"""What --strategy-args may name for each strategy; fields of `DecodeConfig`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +79,7 @@ class Job:
         method = cache.make(args.cache, **args.cache_args)
         method.check(config, decode)
         check_rows(rows, config, decode)
-        token_freq = _token_freq(args, config, decode)
+        token_freq = choices.token_freq(args, config, decode)
         engine = Engine(
             checkpoint.load(directory, dtype=args.dtype),
             decode,
@@ -148,7 +133,7 @@ class Job:
         """The answer as it is printed: up to the first stop string; ids without a tokenizer."""
         if answer.text is None:
             return " ".join(map(str, answer.ids))
-        return cut(answer.text, self.args.stop)
+        return tokenizer.cut(answer.text, self.args.stop)
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Writes a line to standard error."""
@@ -195,25 +180,13 @@ class Job:
         )
 
     def _write_history(self, result: Result) -> None:
-        """Writes the frames under another name and moves them into place when they are complete."""
-        path: Path = self.args.history
+        """Writes the frames in one step."""
         history = {
             "frames": result.frames,
             "committed_at": [answer.committed_at for answer in result.answers],
             "mask_id": self.engine.checkpoint.config.mask_id,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            partial.write_text(json.dumps(history) + "\n", encoding="utf-8")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def cut(text: str, stops: list[str]) -> str:
-    """The text before the first of the stop strings."""
-    ends = [text.find(stop) for stop in stops]
-    return text[: min((end for end in ends if end >= 0), default=None)]
+        files.write(self.args.history, (json.dumps(history) + "\n").encode())
 
 
 def _use_chat(args: argparse.Namespace, tok: Any) -> bool:
@@ -275,51 +248,12 @@ def _decode_config(
                     "leave it out, or set --gen-length."
                 )
     infill = args.infill or (bool(args.prompt_ids) and any(config.mask_id in row for row in rows))
-    try:
-        suppress = tuple(tokenizer.token_id(tok, text) for text in args.suppress)
-    except ValueError as error:
-        raise ValueError(f"--suppress: {error}") from error
     return DecodeConfig.for_model(
         config,
         gen_length=gen_length,
         infill=infill or None,
-        stop_until_eos=args.stop_at_eos or None,
-        suppress=suppress or None,
-        **{name: getattr(args, name) for name in PASSED},
-        **_strategy_args(args),
+        **choices.overrides(args, tok),
     )
-
-
-def _strategy_args(args: argparse.Namespace) -> dict[str, int | float]:
-    """The arguments of --strategy-args, if they are the strategy's."""
-    known = STRATEGY_ARGS.get(args.strategy)
-    if known is None:
-        return {}  # `DecodeConfig` refuses the strategy
-    for name, value in args.strategy_args.items():
-        if name not in known:
-            raise ValueError(
-                f"The strategy {args.strategy!r} has no argument {name!r}; it takes "
-                f"{', '.join(known)}."
-            )
-        if type(value) not in (int, float) or not abs(value) < 2**31:
-            raise ValueError(f"{name} is {value!r}; it must be a number.")
-    # JSON does not tell 2.0 from 2.
-    return {k: int(x) if x == int(x) else x for k, x in args.strategy_args.items()}
-
-
-def _token_freq(
-    args: argparse.Namespace, config: Config, decode: DecodeConfig
-) -> np.ndarray | None:
-    """The frequencies of --debias."""
-    if args.debias is None:
-        return None
-    if not (decode.measure.is_probability and decode.measure.ranks):
-        right = [name for name, m in ALGORITHMS.items() if m.is_probability and m.ranks]
-        raise ValueError(
-            f"--debias calibrates probabilities, and alg {decode.alg!r} does not compare any; add "
-            f"--alg {' or '.join(right)}."
-        )
-    return tokenizer.frequencies(args.debias, config.vocab_size)
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from dlm_jax.answers import Snapshot
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.engine import Snapshot
 from dlm_jax.tokenizer import decode, pieces
 
 SHOW_SECONDS = 5.0

@@ -241,6 +241,12 @@ def decode(tokenizer: Tokenizer, ids: Ids, eos_id: int | None = None) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def cut(text: str, stops: Iterable[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [text.find(stop) for stop in stops]
+    return text[: min((end for end in ends if end >= 0), default=None)]
+
+
 def pieces(tokenizer: Tokenizer, ids: Ids) -> list[str]:
     """The text that each token adds; a character made of several tokens belongs to the last."""
     texts: list[str] = []

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from files import write_json
 from train_tiny import accuracy
 
 from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_generate, tokenizer
@@ -40,6 +39,7 @@ from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.engine import check_rows
+from dlm_jax.files import write_json
 
 SUREST, RANDOM = "low_confidence", "random"
 BLOCK_LENGTH = 16

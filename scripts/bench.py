@@ -39,7 +39,6 @@ import numpy as np
 import random_weights
 from bench_report import COUNTED, MEASURED, Case, Row
 from bench_run import Inputs, dry_run, measure, note, profile
-from files import write_json
 from roofline import Ceilings, step_products
 
 from dlm_jax import cache as cache_lib
@@ -47,6 +46,7 @@ from dlm_jax import checkpoint, compilation, models
 from dlm_jax.arguments import prepare
 from dlm_jax.cache import CacheMethod
 from dlm_jax.config import DecodeConfig
+from dlm_jax.files import write_json
 from dlm_jax.models import Config, Transformer
 from dlm_jax.typing import Params
 

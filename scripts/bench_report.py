@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from files import write
 from roofline import Ceilings, Product, total_bytes, total_flops
 
 from dlm_jax.cache import CacheMethod
 from dlm_jax.config import DecodeConfig
 from dlm_jax.decode import GenerateOutput
+from dlm_jax.files import write
 
 Row = dict[str, Any]
 """One configuration; an element of `rows` in the JSON file."""

@@ -14,6 +14,7 @@ import numpy as np
 from bench_report import Case, Row, Times
 from roofline import Ceilings, measure_ceilings
 
+from dlm_jax import compilation
 from dlm_jax import decode as decode_lib
 from dlm_jax.arguments import prepare
 from dlm_jax.cache import CacheMethod
@@ -80,19 +81,8 @@ def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> 
         out = jax.block_until_ready(program(params, prompt_BP, key, np.int32(limit)))
         return out, time.perf_counter() - start
 
-    return Program(run, dict(compile_s=seconds, compile_cached=bool(hits)) | memory(program))
-
-
-def memory(program: Any) -> Row:
-    """What a compiled program needs, in MiB; the parameters are among the arguments."""
-    stats = program.memory_analysis()
-    arguments, temporaries = stats.argument_size_in_bytes, stats.temp_size_in_bytes
-    total = arguments + temporaries + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return dict(
-        arguments_mib=arguments / 2**20,
-        temporaries_mib=temporaries / 2**20,
-        program_mib=total / 2**20,
-    )
+    facts = dict(compile_s=seconds, compile_cached=bool(hits))
+    return Program(run, facts | compilation.memory_mib(program))
 
 
 def process_peak_mib() -> float | None:

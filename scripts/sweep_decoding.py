@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from accuracy import SUREST, check, encode, make_parser, solve
-from files import write, write_json
 from train_tiny import accuracy
 
 from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
@@ -38,6 +37,7 @@ from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.engine import check_rows
+from dlm_jax.files import write, write_json
 
 Row = dict[str, Any]
 

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
-from files import write, write_json
 from optax.contrib import MuonDimensionNumbers
 from tiny_recipe import (
     ASSISTANT,
@@ -50,6 +49,7 @@ from tokenizers import Tokenizer
 
 from dlm_jax import Config, DecodeConfig, Transformer, compilation, diffusion_generate, load
 from dlm_jax.arithmetic import Problem, extract_answer
+from dlm_jax.files import write, write_json
 from dlm_jax.models import config_to_hf, params_to_hf
 from dlm_jax.tokenizer import pad, until_eos
 from dlm_jax.typing import Array, Bool, Float, Int, Params

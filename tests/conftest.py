@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +16,18 @@ from dlm_jax.models import Config, Transformer
 
 # The tests compile hundreds of tiny programs and run each once or twice.
 jax.config.update("jax_disable_most_optimizations", True)
+# XLA's older way to emit code compiles in about half the time. What the environment gives is kept:
+# `XLA_FLAGS= pytest` takes the way that users have, as do the tests that start a process with flags
+# of its own. XLA ends a process with a flag that it does not know, so another one tries it first.
+FLAG = "--xla_cpu_use_fusion_emitters=false"
+if "XLA_FLAGS" not in os.environ:
+    known = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.jit(abs)(1.0)"],
+        env=os.environ | dict(XLA_FLAGS=FLAG, JAX_PLATFORMS="cpu"),
+        capture_output=True,
+    )
+    if known.returncode == 0:
+        os.environ["XLA_FLAGS"] = FLAG
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # What the user's programs are kept in is not for tests, here or in the processes that they start.
@@ -39,6 +52,21 @@ def tiny(name: str) -> tuple[Transformer, dict]:
     """One of the recorded tiny checkpoints, in float32."""
     checkpoint = dlm_jax.load(CHECKPOINTS / name)
     return checkpoint.model, checkpoint.params
+
+
+def compile_as_users_do(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """For tests that look at what XLA makes of a program: its text, its count of memory.
+
+    LLVM, which comes after both, is in a hurry all the same.
+    """
+    options: dict[str, bool | int] = dict(xla_backend_optimization_level=0)
+    if FLAG in os.environ.get("XLA_FLAGS", ""):
+        options["xla_cpu_use_fusion_emitters"] = True
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return lowered.compile(options)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def read_case(name: str) -> dict:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import prompts, small, small_config
+from conftest import compile_as_users_do, prompts, small, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import decode as decode_lib
@@ -425,11 +425,7 @@ def test_no_cache_is_copied_inside_a_loop(method, wide, request):
         return diffusion_generate(params, model, prompt, key=KEY, decode=decode, cache=method)
 
     lowered = jax.jit(run).lower(params, prompts(3, 11))
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        text = lowered.compile().as_text()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    text = compile_as_users_do(lowered).as_text()
     shapes = [f"f32[3,{config.num_kv_heads},27,6]"]
     if method.name == "dllm":
         shapes.append("f32[3,27,20]")
@@ -469,7 +465,7 @@ def test_copies_are_found():
 
         return jax.lax.fori_loop(0, 5, body, (x, x))
 
-    text = jax.jit(run).lower(jnp.ones((3, 43, 7))).compile().as_text()
+    text = compile_as_users_do(jax.jit(run).lower(jnp.ones((3, 43, 7)))).as_text()
     assert _copies(text, "f32[3,43,7]")
 
 

@@ -135,12 +135,12 @@ def test_the_command_has_an_option_for_it(monkeypatch):
 COMMAND = """
 import collections, json, sys
 import jax
-from dlm_jax import checkpoint, generate, tokenizer
+from dlm_jax import checkpoint, generate, options, tokenizer
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
 assert generate.main(sys.argv[1:]) == 0
 ran = sorted(sys.modules)
-tokenizer.open_tokenizer(checkpoint.find(generate.MODEL))
+tokenizer.open_tokenizer(checkpoint.find(options.MODEL))
 print(json.dumps([ran, sorted(sys.modules), events]))
 """
 """Runs the command, and tells what it imported (then with a tokenizer) and what became of JAX's

@@ -22,9 +22,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax import arithmetic, cache, checkpoint, generate, job, live, tokenizer
+from dlm_jax import arithmetic, cache, checkpoint, choices, generate, live, tokenizer
+from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.config import DecodeConfig
-from dlm_jax.engine import Answer, Engine, PromptError, Result, Snapshot, check_rows
+from dlm_jax.engine import Engine, PromptError, check_rows
 from dlm_jax.refusals import STRATEGIES
 from dlm_jax.schedule import SCHEDULES
 
@@ -115,7 +116,7 @@ def test_the_help_lists_all_caches_schedules_and_strategies(capsys):
     assert all(name in told.split("--cacheNAME")[-1][:120] for name in cache.METHODS)
     assert all(name in told.split("--scheduleNAME")[-1][:80] for name in SCHEDULES)
     assert all(name in told.split("--strategyNAME")[-1][:80] for name in STRATEGIES)
-    assert job.STRATEGY_ARGS.keys() == set(STRATEGIES)
+    assert choices.STRATEGY_ARGS.keys() == set(STRATEGIES)
 
 
 def test_a_cache_computes_less(model, capsys):
@@ -227,8 +228,8 @@ def test_klass_and_debias_reach_the_decoding(model, capsys, tmp_path):
 
 def test_every_option_of_decoding_is_a_field(model):
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
-    allowed = {name for names in job.STRATEGY_ARGS.values() for name in names}
-    assert {*job.PASSED, *allowed} <= fields and not allowed & set(job.PASSED)
+    allowed = {name for names in choices.STRATEGY_ARGS.values() for name in names}
+    assert {*choices.PASSED, *allowed} <= fields and not allowed & set(choices.PASSED)
 
 
 def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):
@@ -399,8 +400,8 @@ def test_chat_needs_a_template(model, capsys, tmp_path):
 
 def test_stop_cuts_at_the_first():
     for text, wanted in (("Hello", "H"), ("xyz", "xyz"), ("", "")):
-        assert job.cut(text, ["l", "e"]) == wanted
-    assert job.cut("Hello", []) == "Hello"
+        assert tokenizer.cut(text, ["l", "e"]) == wanted
+    assert tokenizer.cut("Hello", []) == "Hello"
 
 
 def test_cache_arguments_have_types():

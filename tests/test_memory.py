@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import compile_as_users_do
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
@@ -30,11 +31,7 @@ def needed(name: str, **changes) -> tuple[int, int, int]:
     def run(params, ids):
         return diffusion_generate(params, model, ids, key=key, decode=decode, cache=method)
 
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        stats = jax.jit(run).lower(params, ids).compile().memory_analysis()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    stats = compile_as_users_do(jax.jit(run).lower(params, ids)).memory_analysis()
 
     def size(tree) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

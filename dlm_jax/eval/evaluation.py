@@ -1,0 +1,302 @@
+"""One run of the command, from sound options to its output: what `dlm_jax.evaluate` imports late.
+
+options -> tasks, contenders -> DiffusionLM, lm_eval.simple_evaluate for each -> rows -> report
+"""
+
+import argparse
+import dataclasses
+import json
+import logging
+import platform
+import random
+import re
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import lm_eval
+import numpy as np
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+import dlm_jax
+from dlm_jax import cache as cache_lib
+from dlm_jax import checkpoint as checkpoint_lib
+from dlm_jax import choices, distributed, files, sharding, tokenizer
+from dlm_jax.cache import CacheMethod
+from dlm_jax.config import DecodeConfig
+from dlm_jax.eval import arguments, defaults, report, tasks
+from dlm_jax.eval.defaults import Recipe
+from dlm_jax.eval.model import DiffusionLM
+from dlm_jax.eval.report import Row
+from dlm_jax.eval.responses import Responses, digest, fingerprint
+from dlm_jax.options import Contender
+
+LOGGERS = ("lm_eval", "datasets", "httpx")
+"""They tell of every step; the command says itself what goes on."""
+LONGEST_NAME = 200
+"""Of a file, in bytes, with room for what is added while it is written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Tasks and contenders that fit the model, ready for the long work.
+
+    Attributes:
+      args: the options.
+      manager: finds tasks.
+      tasks: name that was asked for -> the tasks in it, of which a group has several.
+      contenders: what is compared; the settings are complete.
+      plans: how a contender decodes a task that asks it to generate.
+      arguments: what `DiffusionLM` is given for every contender.
+      chat: whether prompts are put as a conversation.
+    """
+
+    args: argparse.Namespace
+    manager: TaskManager
+    tasks: dict[str, dict[str, Task]]
+    contenders: list[Contender]
+    plans: dict[tuple[str, str], tuple[DecodeConfig, CacheMethod]]
+    arguments: dict[str, Any]
+    chat: bool
+
+    @classmethod
+    def prepare(cls, args: argparse.Namespace) -> "Evaluation":
+        """Checks all that tasks and model decide, and then loads the model.
+
+        Raises:
+          ValueError, OSError: what is wrong, in one sentence.
+        """
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        mesh = sharding.make_mesh(args.mesh)
+        directory = checkpoint_lib.find(args.model)
+        config = checkpoint_lib.inspect(directory).config
+        tok = tokenizer.open_tokenizer(directory)
+        variant = defaults.variant(args.variant, directory, tok)
+        if args.chat and not tokenizer.has_chat_template(tok):
+            raise ValueError(
+                f"The tokenizer of {args.model} has no chat template; leave --chat out."
+            )
+        chat = variant == "inst" and tokenizer.has_chat_template(tok)
+        chat = chat if args.chat is None else args.chat
+        if args.system is not None and not chat:
+            raise ValueError("--system is about a conversation; add --chat.")
+        manager, found = _find_tasks(args)
+        contenders = _contenders(args, tok)
+        token_freq, plans = None, {}
+        for contender in contenders:
+            decode, cache_args, likelihood = arguments.sort_out(contender.cache, contender.settings)
+            arguments.estimate(config, decode, likelihood)
+            recipe = Recipe(config, variant, contender.cache, cache_args, decode)
+            for task in _leaves(found):
+                if task.OUTPUT_TYPE == "generate_until":
+                    wishes = arguments.wishes(task.config.generation_kwargs or {})
+                    plan = recipe.plan(task.task_name, wishes)
+                    plans[contender.label, task.task_name] = plan
+                    token_freq = choices.token_freq(args, config, plan[0])
+        if distributed.index() == 0:
+            told = "as a conversation" if chat else "as plain text"
+            print(f"variant {variant}, prompts {told} ...", file=sys.stderr, flush=True)
+        responses = Responses(args.output, process=distributed.index())
+        opened = checkpoint_lib.load(
+            directory, dtype=args.dtype, shardings=sharding.param_shardings(config, mesh)
+        )
+        given = dict(
+            pretrained=args.model,
+            checkpoint=opened,
+            batch_size=args.batch_size,
+            variant=variant,
+            mesh=mesh,
+            add_bos=args.add_bos,
+            seed=args.seed,
+            responses=responses,
+            check_greedy=args.check_greedy,
+            token_freq=token_freq,
+        )
+        return cls(args, manager, found, contenders, plans, given, chat)
+
+    def run(self) -> None:
+        """Evaluates all and tells of it: one process of a cluster does, with all their results."""
+        measured: list[tuple[Row, list[Any]]] = []
+        for contender in self.contenders:
+            model = DiffusionLM(cache=contender.cache, **contender.settings, **self.arguments)
+            for name, leaves in self.tasks.items():
+                if distributed.index() == 0:
+                    print(f"{name}, {contender.label} ...", file=sys.stderr, flush=True)
+                results = self._evaluate(model, name)
+                measured += self._rows(name, list(leaves), contender, model, results)
+        if distributed.index() == 0:
+            rows = [report.compare(row, responses, measured) for row, responses in measured]
+            print(report.markdown(rows))
+            if self.args.output is not None:
+                self._write(rows)
+        self.arguments["responses"].close()
+        distributed.barrier("end")
+
+    def _evaluate(self, model: DiffusionLM, name: str) -> Mapping[str, Any]:
+        """One task or group, answered by all processes and scored by one of them."""
+        unsafe = any(getattr(task, "UNSAFE_CODE", False) for task in self.tasks[name].values())
+        scored = distributed.index() == 0 and (self.args.allow_code_execution or not unsafe)
+        evaluate: Any = lm_eval.simple_evaluate  # whose decorator hides its parameters
+        results = evaluate(
+            model=model,
+            tasks=[name],
+            num_fewshot=self.args.num_fewshot,
+            limit=self.args.limit,
+            system_instruction=self.args.system,
+            apply_chat_template=self.chat,
+            fewshot_as_multiturn=self.args.fewshot_as_multiturn and self.chat,
+            task_manager=self.manager,
+            random_seed=self.args.task_seed,
+            numpy_random_seed=self.args.task_seed,
+            torch_random_seed=self.args.task_seed,
+            fewshot_random_seed=self.args.task_seed,
+            predict_only=not scored,
+            confirm_run_unsafe_code=True,  # what is unsafe is scored only if that is allowed
+        )
+        assert results is not None  # every process is the first of its own
+        return results
+
+    def _rows(
+        self,
+        name: str,
+        leaves: list[str],
+        contender: Contender,
+        model: DiffusionLM,
+        results: Mapping[str, Any],
+    ) -> list[tuple[Row, list[Any]]]:
+        """Rows of the report, each with the responses to its samples: tasks, and then a group."""
+        total = results.get("groups", {}).get(name)
+        rows = []
+        for task in leaves:
+            samples = results["samples"][task]
+            if self.args.output is not None and distributed.index() == 0:
+                self._keep(f"samples-{task}-{contender.label}", samples)
+            responses = {sample["doc_id"]: sample["resps"] for sample in samples}
+            row = self._row(task, contender, results["results"][task], model, [task])
+            row |= dict(
+                num_fewshot=results["n-shot"].get(task),
+                version=results["versions"].get(task),
+                higher_is_better=results["higher_is_better"].get(task),
+            )
+            if total is not None and row["scores"].keys() <= report.scores(total).keys():
+                row |= dict(group=name)  # the table of the group says it all
+            rows.append((row, [responses[doc_id] for doc_id in sorted(responses)]))
+        if total is not None:
+            together = [response for _, responses in rows for response in responses]
+            rows.append((self._row(name, contender, total, model, leaves), together))
+        return rows
+
+    def _row(
+        self,
+        name: str,
+        contender: Contender,
+        results: Mapping[str, Any],
+        model: DiffusionLM,
+        leaves: list[str],
+    ) -> Row:
+        """What is known of a task, or of the tasks of a group together."""
+        row = dict(
+            task=name,
+            contender=contender.label,
+            cache=contender.cache,
+            scores=report.scores(results),
+            **report.measures([s for leaf in leaves for s in model.measured.get(leaf, [])]),
+        )
+        if (contender.label, leaves[0]) in self.plans:
+            decode, method = self.plans[contender.label, leaves[0]]
+            row |= dict(decode=dataclasses.asdict(decode), parameters=dataclasses.asdict(method))
+        return row
+
+    def _keep(self, name: str, samples: list[Any]) -> None:
+        """Writes samples, one per line."""
+        lines = (json.dumps(sample, default=str, ensure_ascii=False) for sample in samples)
+        safe = re.sub(r"[^\w.=+-]+", "_", name)
+        if len(safe.encode()) > LONGEST_NAME:
+            safe = f"{safe[: LONGEST_NAME // 4]}-{digest(name)}"
+        files.write(
+            self.args.output / f"{safe}.jsonl", "".join(f"{line}\n" for line in lines).encode()
+        )
+
+    def _write(self, rows: list[Row]) -> None:
+        """Writes results.json and pareto.png."""
+        device = jax.devices()[0]
+        args = {name: value for name, value in vars(self.args).items() if value is not None}
+        params = jax.tree.leaves(self.arguments["checkpoint"].params)
+        machine = dict(
+            device=device.device_kind,
+            devices=jax.local_device_count(),
+            processes=distributed.count(),
+            dtypes=sorted({str(leaf.dtype) for leaf in params}),
+            python=platform.python_version(),
+            jax=jax.__version__,
+            lm_eval=lm_eval.__version__,
+            dlm_jax=dlm_jax.__version__,
+        )
+        model = dict(
+            variant=self.arguments["variant"],
+            weights=fingerprint(checkpoint_lib.find(self.args.model)),
+            chat=self.chat,
+        )
+        result = dict(arguments=args, model=model, machine=machine, rows=rows)
+        text = json.dumps(result, indent=2, default=str, ensure_ascii=False)
+        files.write(self.args.output / "results.json", (text + "\n").encode())
+        if any(row["scores"] and row.get("tokens_per_second") for row in rows):
+            report.plot(rows, self.args.output / "pareto.png")
+
+
+def _find_tasks(args: argparse.Namespace) -> tuple[TaskManager, dict[str, dict[str, Task]]]:
+    """Finds and loads the tasks by name.
+
+    Raises:
+      ValueError: there is no such task, it cannot be loaded, or its outcome would be lost.
+    """
+    folders = [tasks.PATH, *([] if args.include_path is None else [args.include_path])]
+    own = TaskManager(include_path=tasks.PATH, include_defaults=False).all_subtasks
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(args.tasks) <= set(manager.all_subtasks):  # a group may hold tasks of lm-eval
+        if distributed.index() == 0:
+            print("reading lm-evaluation-harness's tasks ...", file=sys.stderr, flush=True)
+        manager = TaskManager(include_path=folders)  # reads thousands of files
+    found = {}
+    for name in args.tasks:
+        if name not in manager.all_tasks:
+            raise ValueError(
+                f"There is no task {name!r}; it must be one of lm-evaluation-harness or of this "
+                f"package: {', '.join(own)}."
+            )
+        try:
+            # Some data sets are shuffled when they are loaded, and kept like that.
+            random.seed(args.task_seed)
+            np.random.seed(args.task_seed)  # noqa: NPY002 (what tasks draw from)
+            found[name] = dict(manager.load([name])["tasks"])
+        except Exception as error:  # whatever data sets and task modules raise
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ValueError(f"The task {name} cannot be loaded: {reason}") from error
+    for task in _leaves(found):
+        unsafe = getattr(task, "UNSAFE_CODE", False)
+        if unsafe and not args.allow_code_execution and args.output is None:
+            raise ValueError(
+                f"{task.task_name} is scored by running the programs that the model writes; allow "
+                "that with --allow-code-execution, or keep them with --output."
+            )
+    return manager, found
+
+
+def _leaves(found: Mapping[str, Mapping[str, Task]]) -> list[Task]:
+    return [task for tasks in found.values() for task in tasks.values()]
+
+
+def _contenders(args: argparse.Namespace, tok: Any) -> list[Contender]:
+    """What is compared, each with the settings of the options as far as it has none of its own."""
+    given = choices.overrides(args, tok)
+    for name in ("gen_length", "estimator", "log_type", "mc_num", "mc_batch_size"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if args.compare is None:
+        cache_lib.make(args.cache, **args.cache_args)  # refuses names that are no parameters
+        own = {f"cache_{name}": value for name, value in args.cache_args.items()}
+        return [Contender(args.cache, args.cache, given | own)]
+    return [contender._replace(settings=given | contender.settings) for contender in args.compare]

@@ -1,0 +1,274 @@
+"""The options that commands share: how a model, a decoding and a cache are asked for.
+
+A command adds these to its parser, so that an option has one name, one check and one help text
+everywhere; `dlm_jax.choices` makes configurations of what was parsed. Nothing here takes time to
+import.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+from dlm_jax import compilation
+
+MODEL = "llada-tiny-math"
+"""The embedded model that is used without --model."""
+
+Add = Callable[..., Any]
+"""`add_argument` of a parser or a group."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the usage that --help shows."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
+def add_model(add: Add) -> None:
+    """Which model, and in which dtype."""
+    add("--model", default=MODEL, metavar="DIR", help=f"checkpoint or embedded model [{MODEL}]")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype of the parameters [as stored]",
+    )
+    compilation.add_option(add)
+
+
+def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
+    """How long the text is, how it is sampled, and when it ends.
+
+    Args:
+      add: adds an option.
+      gen_length: says how many tokens are generated without --gen-length.
+      otherwise: says what holds where no option decides.
+    """
+    add("--gen-length", type=whole, metavar="G", help=f"tokens to generate [{gen_length}]")
+    add(
+        "--block-length",
+        type=whole,
+        metavar="N",
+        help=f"tokens per block; blocks are filled from left to right [{otherwise}]",
+    )
+    add("--temperature", type=number, metavar="X", help="0 takes the most probable token [0]")
+    add("--top-p", type=number, metavar="X", help="nucleus filter, in (0, 1] [off]")
+    add("--top-k", type=whole, metavar="K", help="draw from the K most probable tokens [off]")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of the sampling [0]")
+    add("--cfg-scale", type=number, metavar="X", help="classifier-free guidance [0, off]")
+    add(
+        "--suppress",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token, as text or id, that is never generated; may be repeated",
+    )
+    add("--stop-at-eos", action="store_true", help="spend nothing on what follows the answer's end")
+
+
+def add_pace(add: Add, *, otherwise: str) -> None:
+    """How many tokens a step commits; `otherwise` as in `add_decoding`."""
+    add("--steps", type=whole, metavar="N", help="denoising steps [one per token]")
+    add(
+        "--schedule",
+        metavar="NAME",
+        help=f"even, timestep, fixed or, with a rule, capped [{otherwise}]",
+    )
+    add(
+        "--num-transfer-tokens",
+        type=whole,
+        metavar="N",
+        help="tokens per step of the schedule fixed; with a rule, the least [1]",
+    )
+    add("--threshold", type=number, metavar="X", help="rule: all that are at least so sure")
+    add("--factor", type=number, metavar="X", help="rule: the surer, the more at once")
+    add("--gamma", type=number, metavar="X", help="rule: as long as entropies sum up to X nats")
+    add("--strategy", metavar="NAME", help="klass, with a threshold or factor; or wino")
+    add(
+        "--strategy-args",
+        type=pairs,
+        default={},
+        metavar="K=V,...",
+        help="arguments of the strategy, as kl_threshold=0.01,kl_history_length=2 or "
+        "wide_in_thres=0.6,narrow_out_thres=0.9",
+    )
+
+
+def add_order(add: Add, *, otherwise: str) -> None:
+    """Which tokens a step commits; `otherwise` as in `add_decoding`."""
+    add("--alg", metavar="NAME", help=f"measure of confidence [{otherwise}]")
+    add(
+        "--alg-temp",
+        type=number,
+        metavar="X",
+        help="draw the positions; the higher, the less their confidence matters [0, off]",
+    )
+    add(
+        "--sigma",
+        type=number,
+        metavar="X",
+        help="prefer what has known tokens within about X positions [off]",
+    )
+    add(
+        "--debias",
+        metavar="FILE",
+        help="prefer tokens that are rare in a corpus; JSON with their counts or shares",
+    )
+    add("--clip-alpha", type=number, metavar="X", help="the most a debiased confidence can be [10]")
+
+
+def add_cache(add: Add) -> None:
+    """Which cache method."""
+    add(
+        "--cache",
+        default="none",
+        metavar="NAME",
+        help="none, dkv-decode, dkv-greedy, dkv-prefill, dkv-pd, prefix, dual, dllm or d2cache "
+        "[none]",
+    )
+    add(
+        "--cache-args",
+        type=pairs,
+        default={},
+        metavar="K=V,...",
+        help="arguments of the cache, as kp=25,kr=5,rou=0.25",
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what these options alone show to be wrong.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    for text in args.suppress:
+        if not text or not is_unicode(text):
+            raise ValueError(f"--suppress is {text!r}; it must be a token's text, or its id.")
+    if args.strategy_args and args.strategy is None:
+        raise ValueError("--strategy-args are arguments of a strategy; choose it with --strategy.")
+    if args.clip_alpha is not None and args.debias is None:
+        raise ValueError("--clip-alpha bounds debiased confidences; it needs --debias.")
+
+
+def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: str) -> int:
+    """Runs a command; returns its exit status.
+
+    Args:
+      program: its name.
+      prepare: checks what was asked for, and returns the long work. What it raises is told in one
+        sentence, with status 2.
+      memory: what to do if the memory does not suffice.
+    """
+    try:
+        try:
+            work = prepare()
+        except (ValueError, OSError) as error:
+            return _fail(program, error, 2)
+        work()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Nobody reads on. Without this, Python would complain when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(program, error, 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(program, MemoryError(f"Not enough memory; {memory}."), 1)
+    return 0
+
+
+def _fail(program: str, error: Exception, status: int) -> int:
+    """Tells in one line what is wrong."""
+    sentence = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        sentence = f"{error.filename}: {error.strerror}."
+    print(f"{program}: {sentence}", file=sys.stderr)
+    return status
+
+
+def is_unicode(text: str) -> bool:
+    return text.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+class Contender(NamedTuple):
+    """A cache method that is compared with others, and its settings.
+
+    Attributes:
+      label: how it is called: what the user wrote.
+      cache: name of the method.
+      settings: parameters of the method and fields of `DecodeConfig`, by name.
+    """
+
+    label: str
+    cache: str
+    settings: dict[str, Any]
+
+
+# --- what an option's value can be ----------------------------------------------------------------
+
+
+def whole(text: str) -> int:
+    """A whole number that an int32 can hold."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = None
+    if value is None or abs(value) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number below {2**31}")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def pairs(text: str, comma: str = ",") -> dict[str, Any]:
+    """`name=value,name=value`; values are JSON where they can be, and text elsewhere."""
+    found: dict[str, Any] = {}
+    for pair in filter(None, text.split(comma)):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise argparse.ArgumentTypeError(f"{pair!r} is not of the form name=value")
+        try:
+            found[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name.strip()] = value.strip()
+    return found
+
+
+def contenders(text: str) -> list[Contender]:
+    """`none,dual,d2cache:rollout_p=0.2+sigma=0`: cache methods with settings of their own."""
+    found = []
+    for word in text.split(","):
+        label = word.strip()
+        cache, colon, settings = label.partition(":")
+        if not cache or (colon and not settings):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no list of caches, as none,dual,d2cache:rollout_p=0.2+sigma=0"
+            )
+        if label in (other.label for other in found):
+            raise argparse.ArgumentTypeError(f"{text!r} holds {label!r} twice")
+        found.append(Contender(label, cache, pairs(settings, "+")))
+    return found
+
+
+def seed(text: str) -> int:
+    """A whole number that an uint32 can hold."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
