@@ -273,11 +273,11 @@ def test_the_class_is_registered_with_lm_eval():
     assert len(results["samples"]["tiny_math"]) == 2
 
 
-SHUFFLED_TASK = """
-task: shuffled
+DRAWN_TASK = """
+task: drawn
 custom_dataset: !function utils.load
 test_split: test
-process_docs: !function utils.shuffle
+process_docs: !function utils.draw
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "{{question}}"
@@ -286,39 +286,39 @@ metric_list:
 generation_kwargs:
   until: []
 """
-SHUFFLED_UTILS = """
+DRAWN_UTILS = """
+import os
 import random
 
 import datasets
 
 def load(**kwargs):
-    return {"test": datasets.Dataset.from_list([{"question": str(i)} for i in range(99)])}
+    folder = os.environ["DRAWN"]  # where `datasets` keeps what was drawn, too
+    with open(f"{folder}/data.jsonl", "w") as file:
+        file.write('{"question": "How many?"}')
+    files = {"test": f"{folder}/data.jsonl"}
+    return datasets.load_dataset("json", data_files=files, cache_dir=folder)
 
-def shuffle(docs):
-    order = list(range(len(docs)))
-    random.shuffle(order)
-    return docs.select(order)
+def draw(docs):
+    return docs.map(lambda doc: {"question": f"{doc['question']} {random.randrange(90)}"})
 """
 
 
-def test_what_a_task_draws_is_seeded_and_a_name_may_be_long(tmp_path):
-    (tmp_path / "shuffled.yaml").write_text(SHUFFLED_TASK)
-    (tmp_path / "utils.py").write_text(SHUFFLED_UTILS)
-    argv = ["--tasks=shuffled", f"--include-path={tmp_path}", "--gen-length=8", "--limit=3"]
-    args = evaluate.parse(argv)
-    drawn = []
-    for _ in range(2):
-        _, found = evaluation._find_tasks(args)
-        drawn.append([doc["question"] for doc in found["shuffled"]["shuffled"].test_docs()])
-    assert drawn[0] == drawn[1] != sorted(drawn[0], key=int)
-
-    output = tmp_path / "output"
+def test_what_a_task_draws_is_seeded_and_a_name_may_be_long(tmp_path, monkeypatch):
+    (tmp_path / "drawn.yaml").write_text(DRAWN_TASK)
+    (tmp_path / "utils.py").write_text(DRAWN_UTILS)
     label = "none:" + "+".join(f"{name}=null" for name in ("threshold", "sigma", "top_p") * 9)
-    assert evaluate.main([*argv, f"--compare={label}", f"--output={output}"]) == 0
-    (samples,) = output.glob("samples-*.jsonl")
-    documents = [json.loads(line)["doc"]["question"] for line in samples.read_text().splitlines()]
-    assert documents == drawn[0][:3]
-    assert json.loads((output / "results.json").read_text())["model"]["variant"] == "inst"
+    argv = ["--tasks=drawn", f"--include-path={tmp_path}", "--gen-length=8", f"--compare={label}"]
+    drawn = []
+    for seed in (1, 1, 2):
+        folder = tmp_path / f"cache{len(drawn)}"
+        folder.mkdir()
+        monkeypatch.setenv("DRAWN", str(folder))
+        assert evaluate.main([*argv, f"--task-seed={seed}", f"--output={folder}"]) == 0
+        (samples,) = folder.glob("samples-*.jsonl")
+        drawn.append(json.loads(samples.read_text())["doc"]["question"])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert json.loads((folder / "results.json").read_text())["model"]["variant"] == "inst"
 
 
 # --- code that the model writes -------------------------------------------------------------------
