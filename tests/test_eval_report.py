@@ -331,7 +331,7 @@ def test_a_plot_is_a_picture(tmp_path):
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 10_000
     assert json.dumps(rows) == before
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
-    assert (width, height) == (960, 1320)  # two tasks, 6.4 x 4.4 inches each, 150 dots per inch
+    assert (width, height) == (1140, 1260)  # two tasks, 7.6 x 4.2 inches each, 150 dots per inch
 
 
 # --- options.contenders ---------------------------------------------------------------------------

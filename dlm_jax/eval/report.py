@@ -19,7 +19,9 @@ A row is a JSON-able dict:
       agreement, note          other, share of equal texts, and what the table should say of that
 """
 
+import itertools
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +189,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     drawn = [row for row in rows if row["scores"] and row.get("tokens_per_second")]
     tasks = list(dict.fromkeys(row["task"] for row in drawn))
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(6.4, 4.4 * max(len(tasks), 1)), layout="constrained")
+        figure = Figure(figsize=(7.6, 4.2 * max(len(tasks), 1)), layout="constrained")
         FigureCanvasAgg(figure)
         for i, task in enumerate(tasks, 1):
             axes = figure.add_subplot(len(tasks), 1, i)
@@ -198,21 +200,17 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def _draw(axes: Any, task: str, rows: Sequence[Row]) -> None:
     name = next(iter(rows[0]["scores"]))
     points = []
-    for i, row in enumerate(sorted(rows, key=lambda row: row["tokens_per_second"])):
+    markers = itertools.cycle("osD^vP*X")
+    for row in sorted(rows, key=lambda row: -row["tokens_per_second"]):
         value, error = row["scores"].get(name, (None, None))
         if value is None:
             continue
-        point = (row["tokens_per_second"], value)
-        points.append(point)
-        axes.errorbar(*point, yerr=error, fmt="o", markersize=5, capsize=2, elinewidth=0.8)
-        # Neighbours' names on either side.
-        offset = (5, 5) if i % 2 == 0 else (5, -12)
-        shown = row["contender"]
-        if len(shown) > LONGEST_NAME:
-            shown = f"{shown[: LONGEST_NAME - 3]}..."
-        axes.annotate(shown, point, xytext=offset, textcoords="offset points")
-    best = frontier(points)
-    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
+        points.append((row["tokens_per_second"], value))
+        label = textwrap.shorten(row["contender"].replace("+", " +"), LONGEST_NAME)
+        style = dict(fmt=next(markers), markersize=6, capsize=2, elinewidth=0.8, label=label)
+        axes.errorbar(*points[-1], yerr=error, **style)
+    axes.plot(*zip(*frontier(points), strict=True), color="0.6", linewidth=1, zorder=0)
     axes.set(title=task, xlabel="tokens/s up to the end of the answer", ylabel=name)
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8)
