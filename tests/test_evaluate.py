@@ -18,7 +18,6 @@ from lm_eval.tasks import TaskManager
 from dlm_jax import checkpoint, engine, evaluate
 from dlm_jax.eval import evaluation, tasks
 
-ROOT = Path(__file__).parent.parent
 LIMIT, PICKS = 30, 6
 PICKS_TASK = """
 task: picks
@@ -50,7 +49,7 @@ def start(*argv: str | Path, **env: str) -> subprocess.Popen:
     """The command in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "dlm_jax.evaluate", "--no-compile-cache", *map(str, argv)],
-        cwd=ROOT,
+        cwd=Path(__file__).parent,  # from where Python finds the same package as the tests do
         env=os.environ | ENV | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -443,4 +442,4 @@ def test_help_needs_nothing_that_takes_time():
         "import sys\nfrom dlm_jax import evaluate\ntry:\n    evaluate.parse(['--help'])\n"
         "except SystemExit:\n    assert not {'jax', 'lm_eval', 'numpy'} & sys.modules.keys()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
