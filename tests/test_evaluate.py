@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lm_eval
 import pytest
+from conftest import GOLDEN
 from lm_eval.tasks import TaskManager
 
 from dlm_jax import checkpoint, engine, evaluate
@@ -272,6 +273,65 @@ def test_the_class_is_registered_with_lm_eval():
     assert len(results["samples"]["tiny_math"]) == 2
 
 
+CODE_TASK = """
+task: writes_code
+custom_dataset: !function utils.load
+test_split: test
+output_type: generate_until
+unsafe_code: true
+doc_to_text: "{{question}}"
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: !function utils.run
+    aggregation: mean
+    higher_is_better: true
+generation_kwargs:
+  until: []
+"""
+CODE_UTILS = """
+import datasets
+
+def load(**kwargs):
+    return {"test": datasets.Dataset.from_list([{"question": "Tom has 7 boxes."}])}
+
+def run(references, predictions):
+    open(RAN, "w").close()
+    return 1.0
+"""
+
+GROUP = """
+group: both
+task: [one, two]
+aggregate_metric_list:
+  - metric: exact_match
+    weight_by_size: true
+"""
+
+
+def test_a_group_is_one_table(tmp_path, capsys):
+    text = CODE_TASK.replace("unsafe_code: true\n", "")
+    text = text.replace("!function utils.run", "exact_match")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("writes_code", name))
+    (tmp_path / "both.yaml").write_text(GROUP)
+    (tmp_path / "utils.py").write_text(CODE_UTILS)
+    output = tmp_path / "output"
+    argv = ["--tasks=both", f"--include-path={tmp_path}", "--gen-length=8", f"--output={output}"]
+    # As if lm-eval had no tasks of its own, whose index takes a while.
+    with pytest.MonkeyPatch.context() as patch:
+        known = functools.partial(TaskManager, include_defaults=False)
+        patch.setattr(evaluation, "TaskManager", known)
+        assert evaluate.main(argv) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("both, 2 samples, on cpu, batch 1\n") and out.count("| cache") == 1
+    one, two, both = rows(output)
+    assert [row["task"] for row in (one, two, both)] == ["one", "two", "both"]
+    assert one["group"] == two["group"] == "both" and "group" not in both
+    assert both["scores"]["exact_match"][0] == 0.0
+    assert both["samples"] == one["samples"] + two["samples"] == 2
+    assert both["agreement"] == 1.0
+
+
 DRAWN_TASK = """
 task: drawn
 custom_dataset: !function utils.load
@@ -323,33 +383,6 @@ def test_what_a_task_draws_is_seeded_and_a_name_may_be_long(tmp_path, monkeypatc
 # --- code that the model writes -------------------------------------------------------------------
 
 
-CODE_TASK = """
-task: writes_code
-custom_dataset: !function utils.load
-test_split: test
-output_type: generate_until
-unsafe_code: true
-doc_to_text: "{{question}}"
-doc_to_target: "{{question}}"
-metric_list:
-  - metric: !function utils.run
-    aggregation: mean
-    higher_is_better: true
-generation_kwargs:
-  until: []
-"""
-CODE_UTILS = """
-import datasets
-
-def load(**kwargs):
-    return {"test": datasets.Dataset.from_list([{"question": "Tom has 7 boxes."}])}
-
-def run(references, predictions):
-    open(RAN, "w").close()
-    return 1.0
-"""
-
-
 @pytest.mark.parametrize("allowed", [False, True])
 def test_code_is_run_only_if_that_is_allowed(tmp_path, allowed, capsys):
     ran, folder, output = (tmp_path / name for name in ("ran", "tasks", "output"))
@@ -376,6 +409,7 @@ def test_code_is_run_only_if_that_is_allowed(tmp_path, allowed, capsys):
 @pytest.mark.parametrize(
     "argv, told",
     [
+        ([f"--model={GOLDEN / 'checkpoints' / 'llada-tiny'}"], "has no tokenizer"),
         (["--model=nowhere"], "neither a directory nor an embedded model"),
         (["--cache=none", "--cache-args=kp=3"], "kp"),
         (["--compare=none,dual", "--cache=dual"], "leave --cache and --cache-args out"),

@@ -74,15 +74,10 @@ class Evaluation:
         directory = checkpoint_lib.find(args.model)
         config = checkpoint_lib.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
+        if tok is None:
+            raise ValueError(f"{args.model} has no tokenizer; evaluation is about text.")
         variant = defaults.variant(args.variant, directory, tok)
-        if args.chat and not tokenizer.has_chat_template(tok):
-            raise ValueError(
-                f"The tokenizer of {args.model} has no chat template; leave --chat out."
-            )
-        chat = variant == "inst" and tokenizer.has_chat_template(tok)
-        chat = chat if args.chat is None else args.chat
-        if args.system is not None and not chat:
-            raise ValueError("--system is about a conversation; add --chat.")
+        chat = _use_chat(args, tok, variant)
         manager, found = _find_tasks(args)
         contenders = _contenders(args, tok)
         token_freq, plans = None, {}
@@ -245,6 +240,17 @@ class Evaluation:
         files.write(self.args.output / "results.json", (text + "\n").encode())
         if any(row["scores"] and row.get("tokens_per_second") for row in rows):
             report.plot(rows, self.args.output / "pareto.png")
+
+
+def _use_chat(args: argparse.Namespace, tok: Any, variant: str) -> bool:
+    """Whether prompts are put as a conversation."""
+    can = tokenizer.has_chat_template(tok)
+    if args.chat and not can:
+        raise ValueError(f"The tokenizer of {args.model} has no chat template; leave --chat out.")
+    chat = (can and variant == "inst") if args.chat is None else args.chat
+    if args.system is not None and not chat:
+        raise ValueError("--system is about a conversation; add --chat.")
+    return chat
 
 
 def _find_tasks(args: argparse.Namespace) -> tuple[TaskManager, dict[str, dict[str, Task]]]:

@@ -5,6 +5,8 @@ A row is a JSON-able dict:
     task, contender, cache     what was measured; `contender` as the user wrote it
     group                      the group that the task was evaluated in, which has a row of its own
     scores                     name -> [value, standard error or None]
+    num_fewshot, version,      of a task, as lm-eval has them
+      higher_is_better
     samples, tokens            how many; tokens up to the ends of the answers
     tokens_per_second          these tokens per second of decoding, compilation apart
     tokens_per_step            these tokens per model forward until the last of them, mean
@@ -209,7 +211,9 @@ def _draw(axes: Any, task: str, rows: Sequence[Row]) -> None:
         label = textwrap.shorten(row["contender"].replace("+", " +"), LONGEST_NAME)
         style = dict(fmt=next(markers), markersize=6, capsize=2, elinewidth=0.8, label=label)
         axes.errorbar(*points[-1], yerr=error, **style)
-    axes.plot(*zip(*frontier(points), strict=True), color="0.6", linewidth=1, zorder=0)
+    sign = -1 if (rows[0].get("higher_is_better") or {}).get(name.split()[0]) is False else 1
+    best = [(x, sign * y) for x, y in frontier([(x, sign * y) for x, y in points])]
+    axes.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=0)
     axes.set(title=task, xlabel="tokens/s up to the end of the answer", ylabel=name)
     axes.margins(0.1)
     axes.grid(alpha=0.3)
