@@ -1100,3 +1100,11 @@ def test_a_variant_is_told_by_the_repository_in_the_cache_of_the_hub(tmp_path):
     snapshot = tmp_path / "models--GSAI-ML--LLaDA-8B-Base" / "snapshots" / "0a1b2c"
     snapshot.mkdir(parents=True)
     assert defaults.variant(None, snapshot, None) == "base"
+
+
+def test_a_text_that_speaks_of_the_mask_token_is_answered():
+    model = DiffusionLM(gen_length=8)
+    mask = model.tokenizer.convert_ids_to_tokens(model.config.mask_id)
+    assert model.tok_encode(f"5 {mask}apples") == model.tok_encode("5 ") + model.tok_encode(
+        "apples"
+    )

@@ -174,7 +174,9 @@ class DiffusionLM(TemplateLM):
         bos = self.tokenizer.bos_token
         if self._add_bos and add_special_tokens is not False and bos:
             string = string if string.startswith(bos) else bos + string
-        return self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self.tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]
+        # A document may speak of the mask token; nobody wants that filled in, or the run to end.
+        return [token for token in ids if token != self.config.mask_id]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
