@@ -647,6 +647,30 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(make, say, caplog):
     assert "some_task" in warning and "cut off" in warning
 
 
+def test_generation_arguments_that_are_not_heeded_are_told_of(say, caplog):
+    say("3")
+    requests = [
+        Instance("generate_until", {}, (text, kwargs), i, (task, i, 1))
+        for i, (task, text, kwargs) in enumerate(
+            [
+                ("tiny_math", "How many?", dict(until=[], max_gen_toks=16, num_beams=4)),
+                ("tiny_math", "How many now?", dict(until=[], max_gen_toks=16, num_beams=4)),
+                ("some_task", "How many?", dict(until=[], max_gen_toks=16, do_sample=False)),
+            ]
+        )
+    ]
+    # With a length of the model's own there is nothing to tell but what has no meaning.
+    for given, expected in ((None, 2), (8, 1)):
+        caplog.clear()
+        model = DiffusionLM(gen_length=given)
+        with caplog.at_level("WARNING"):
+            model.generate_until(requests, disable_tqdm=True)
+        assert len(caplog.messages) == expected
+        assert all(told.startswith("tiny_math, 2 prompts: ") for told in caplog.messages)
+        assert "num_beams" in caplog.messages[-1]
+    caplog.clear()
+
+
 def test_an_empty_prompt_is_the_token_that_stands_before_a_text(make, say):
     engine = say("3")
     assert generate(make(), "") == ["3"]

@@ -193,15 +193,14 @@ class DiffusionLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers prompts; the text ends at the end-of-text token or the first stop string."""
-        asked = [self._prompt(instance) for instance in requests]
-        given: list[Any] = [instance.args for instance in requests]
-        unknown = {name for _, gen_kwargs in given for name in arguments.unknown(gen_kwargs)}
-        if unknown:
-            log.warning("generation arguments of no meaning here: %s", ", ".join(sorted(unknown)))
-        long = (i.task_name for i, (_, _, fits) in zip(requests, asked, strict=True) if not fits)
-        for task, count in collections.Counter(long).items():
-            log.warning("%s: the beginnings of %d prompts are cut off to fit.", task, count)
-        work = self._numbered([(group, prompt) for group, prompt, _ in asked])
+        asked, notes = [], collections.Counter()
+        for instance in requests:
+            group, prompt, noted = self._prompt(instance)
+            asked.append((group, prompt))
+            notes.update((instance.task_name, note) for note in noted)
+        for (task, note), count in notes.items():
+            log.warning("%s, %d prompts: %s", task, count, note)
+        work = self._numbered(asked)
         responses = complete(
             work,
             functools.partial(self._generator, rows=min(self._rows, len(work))),
@@ -218,15 +217,27 @@ class DiffusionLM(TemplateLM):
         self.measured |= measured
         return [response["text"] for response in responses]
 
-    def _prompt(self, instance: Instance) -> tuple[Any, Prompt, bool]:
-        """How a request is decoded, what is asked, and whether all of it fits into the context."""
+    def _prompt(self, instance: Instance) -> tuple[Any, Prompt, list[str]]:
+        """How a request is decoded, what is asked, and what of the request is not heeded."""
         given: Any = instance.args
         context, gen_kwargs = given
-        group = self._recipe.plan(instance.task_name or "", arguments.wishes(gen_kwargs))
+        wishes = arguments.wishes(gen_kwargs)
+        group = self._recipe.plan(instance.task_name or "", wishes)
         ids = self.tok_encode(context) or [self.prefix_token_id]
-        room = self.max_length - group[0].gen_length
-        prompt = Prompt(ids[-room:], tuple(arguments.stops(gen_kwargs)), 0)
-        return group, prompt, len(ids) <= room
+        length = group[0].gen_length
+        room = self.max_length - length
+        notes = []
+        if len(ids) > room:
+            notes.append("their beginnings are cut off to fit")
+        if "gen_length" not in self._recipe.decode and wishes.get("gen_length", length) != length:
+            wished = wishes["gen_length"]
+            notes.append(
+                f"{length} tokens are generated, not {wished}; give the model gen_length={wished}"
+            )
+        unknown = arguments.unknown(gen_kwargs)
+        if unknown:
+            notes.append(f"no meaning here has {', '.join(sorted(unknown))}")
+        return group, Prompt(ids[-room:], tuple(arguments.stops(gen_kwargs)), 0), notes
 
     # --- likelihood -------------------------------------------------------------------------------
 
