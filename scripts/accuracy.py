@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write_json
+from dlm_jax.options import Parser
 
 SUREST, RANDOM = "low_confidence", "random"
 BLOCK_LENGTH = 16
@@ -206,13 +207,6 @@ def markdown(table: list[dict[str, Any]]) -> str:
 
 
 # --- the command ----------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage that --help shows."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

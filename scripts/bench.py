@@ -30,7 +30,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import bench_report
 import jax
@@ -48,6 +48,7 @@ from dlm_jax.cache import CacheMethod
 from dlm_jax.config import DecodeConfig
 from dlm_jax.files import write_json
 from dlm_jax.models import Config, Transformer
+from dlm_jax.options import Parser
 from dlm_jax.typing import Params
 
 ALIASES = {"llada-8b": "llada-8b-instruct", "dream-7b": "dream-v0-instruct-7b"}
@@ -273,13 +274,6 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"--profile is {args.profile}; it must be a writable directory.")
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the usage that --help shows."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
-
-
 def _whole(text: str, least: int = 0) -> int:
     if not text.isdecimal() or not least <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 2^32 - 1")
@@ -299,7 +293,7 @@ def _ceilings(text: str) -> Ceilings:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
     layout = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
+    parser = Parser(
         prog="bench.py", description=__doc__, formatter_class=layout, allow_abbrev=False
     )
     add, positive = parser.add_argument, functools.partial(_whole, least=1)
