@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dlm_jax import cache, models, tokenizer
     from dlm_jax.checkpoint import Checkpoint, load
-    from dlm_jax.config import DecodeConfig
-    from dlm_jax.decode import (
+    from dlm_jax.decoding.config import DecodeConfig
+    from dlm_jax.decoding.loop import (
         Frame,
         GenerateOutput,
         diffusion_generate,
         diffusion_stream,
     )
+    from dlm_jax.decoding.state import Draws
     from dlm_jax.estimators import LikelihoodDraws
     from dlm_jax.likelihood import LikelihoodConfig, log_likelihood
     from dlm_jax.models import Config, Transformer
-    from dlm_jax.state import Draws
 
 __all__ = [
     "Checkpoint",
@@ -42,15 +42,15 @@ __version__ = "0.1.0"
 _MODULES = {
     "Checkpoint": "checkpoint",
     "Config": "models",
-    "DecodeConfig": "config",
-    "Draws": "state",
-    "Frame": "decode",
-    "GenerateOutput": "decode",
+    "DecodeConfig": "decoding.config",
+    "Draws": "decoding.state",
+    "Frame": "decoding.loop",
+    "GenerateOutput": "decoding.loop",
     "LikelihoodConfig": "likelihood",
     "LikelihoodDraws": "estimators",
     "Transformer": "models",
-    "diffusion_generate": "decode",
-    "diffusion_stream": "decode",
+    "diffusion_generate": "decoding.loop",
+    "diffusion_stream": "decoding.loop",
     "load": "checkpoint",
     "log_likelihood": "likelihood",
 }

@@ -21,8 +21,8 @@ from dlm_jax import tokenizer as tokenizer_lib
 from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import Frame, diffusion_generate, diffusion_stream
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import Frame, diffusion_generate, diffusion_stream
 from dlm_jax.models import Config
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Key, Params
 

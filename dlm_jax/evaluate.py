@@ -18,7 +18,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm_jax import compilation, options
+from dlm_jax import compilation
+from dlm_jax.cli import options
 
 PROGRAM = "dlm-jax-evaluate"
 TASK = "tiny_math"

@@ -8,7 +8,7 @@ standard output and everything else to standard error. A value that cannot work 
 with one sentence and exit status 2, before any long work starts.
 
 This module knows the options and the prompts they point to, and imports nothing that takes time;
-`dlm_jax.job`, which imports JAX, runs what was asked for.
+`dlm_jax.cli.run`, which imports JAX, runs what was asked for.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm_jax import compilation, options
+from dlm_jax import compilation
+from dlm_jax.cli import options
 
 PROGRAM = "dlm-jax-generate"
 QUESTION = "Tom has 7 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
@@ -39,7 +40,7 @@ def _prepare(args: argparse.Namespace) -> Callable[[], None]:
     texts = read_texts(args) if not args.interactive and args.prompt_ids is None else []
     rows = read_ids(args.prompt_ids) if args.prompt_ids is not None else []
 
-    from dlm_jax.job import Job
+    from dlm_jax.cli.run import Job
 
     compilation.use_cache(args.compile_cache)
     job = Job.prepare(args, texts, rows)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dlm_jax import guidance, models, queries
+from dlm_jax import models, queries
+from dlm_jax.decoding import guidance
 from dlm_jax.estimators import ESTIMATORS, LikelihoodDraws, plan
 from dlm_jax.models.base import Config, Transformer, lay_out, readout, unembed
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params

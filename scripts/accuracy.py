@@ -38,9 +38,9 @@ from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_gene
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
+from dlm_jax.cli.options import Parser
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write_json
-from dlm_jax.options import Parser
 
 SUREST, RANDOM = "low_confidence", "random"
 BLOCK_LENGTH = 16

@@ -43,12 +43,12 @@ from roofline import Ceilings, step_products
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint, compilation, models
-from dlm_jax.arguments import prepare
 from dlm_jax.cache import CacheMethod
-from dlm_jax.config import DecodeConfig
+from dlm_jax.cli.options import Parser
+from dlm_jax.decoding.arguments import prepare
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.files import write_json
 from dlm_jax.models import Config, Transformer
-from dlm_jax.options import Parser
 from dlm_jax.typing import Params
 
 ALIASES = {"llada-8b": "llada-8b-instruct", "dream-7b": "dream-v0-instruct-7b"}

@@ -10,8 +10,8 @@ import numpy as np
 from roofline import Ceilings, Product, total_bytes, total_flops
 
 from dlm_jax.cache import CacheMethod
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import GenerateOutput
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import GenerateOutput
 from dlm_jax.files import write
 
 Row = dict[str, Any]

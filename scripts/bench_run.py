@@ -15,16 +15,16 @@ from bench_report import Case, Row, Times
 from roofline import Ceilings, measure_ceilings
 
 from dlm_jax import compilation
-from dlm_jax import decode as decode_lib
-from dlm_jax.arguments import prepare
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cache.base import Variant
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import GenerateOutput, diffusion_generate
+from dlm_jax.decoding import loop as decode_lib
+from dlm_jax.decoding.arguments import prepare
+from dlm_jax.decoding.canvas import unfinished
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import GenerateOutput, diffusion_generate
+from dlm_jax.decoding.state import DecodeState
+from dlm_jax.decoding.step import step
 from dlm_jax.models import Transformer
-from dlm_jax.progress import unfinished
-from dlm_jax.state import DecodeState
-from dlm_jax.step import step
 from dlm_jax.typing import Array, Params
 
 FIRST_FORWARDS = 8

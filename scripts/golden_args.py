@@ -24,9 +24,9 @@ from dlm_jax.cache import (
     Prefix,
 )
 from dlm_jax.cache.dkv import SHIFT_TYPES
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.state import Draws
 from dlm_jax.models import Config
-from dlm_jax.state import Draws
 
 AS_RECORDED: dict[str, Any] = dict(ban_mask=False, lockstep=True)
 """The originals do not ban the mask token, and let a batch leave a block together."""

@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
-from dlm_jax.arguments import Call, prepare
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cache.base import Variant
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import _setup
+from dlm_jax.decoding.arguments import Call, prepare
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import _setup
+from dlm_jax.decoding.state import DecodeState
+from dlm_jax.decoding.step import begin, step
 from dlm_jax.models import Transformer
 from dlm_jax.models.layers import precision
-from dlm_jax.state import DecodeState
-from dlm_jax.step import begin, step
 from dlm_jax.typing import Array, DTypeLike, Params
 
 _WEIGHT, _SCORES = "weight", "scores"

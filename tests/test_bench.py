@@ -20,9 +20,9 @@ from test_roofline import BLOCK, DECODE, G, L, P, flops_by_hand
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
-from dlm_jax.decode import GenerateOutput
+from dlm_jax.decoding.loop import GenerateOutput
+from dlm_jax.decoding.step import step
 from dlm_jax.models import Transformer
-from dlm_jax.step import step
 
 SMALL = [
     *("--preset", "small", "--prompt-length", str(P), "--gen-length", str(G)),

@@ -18,14 +18,14 @@ import pytest
 from conftest import compile_as_users_do, prompts, small, small_config
 
 from dlm_jax import cache as cache_lib
-from dlm_jax import decode as decode_lib
-from dlm_jax import turns
-from dlm_jax.arguments import prepare
 from dlm_jax.cache.base import CacheMethod, Variant
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate, diffusion_stream
+from dlm_jax.decoding import loop as decode_lib
+from dlm_jax.decoding import turns
+from dlm_jax.decoding.arguments import prepare
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate, diffusion_stream
+from dlm_jax.decoding.step import step as denoise
 from dlm_jax.models.base import Transformer
-from dlm_jax.step import step as denoise
 
 KEY = jax.random.key(0)
 KEYS = jax.random.split(KEY, 2)

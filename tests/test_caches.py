@@ -11,7 +11,7 @@ from conftest import prompts, small, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax import cache, density, queries
+from dlm_jax import cache, queries, ranking
 from dlm_jax.cache import d2cache, dkv
 from dlm_jax.cache.base import (
     MOST_VARIANTS,
@@ -21,8 +21,8 @@ from dlm_jax.cache.base import (
     check_number,
     check_whole,
 )
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import Draws, diffusion_generate
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import Draws, diffusion_generate
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Transformer, lay_out, sources
 
@@ -307,7 +307,7 @@ class TestD2:
             / norm
             for i in range(size)
         ]
-        got = jax.jit(density.certainty_density)(jnp.asarray(known), jnp.float32(sigma))
+        got = jax.jit(ranking.certainty_density)(jnp.asarray(known), jnp.float32(sigma))
         np.testing.assert_allclose(got, want, atol=1e-5)
 
     def test_nucleus_stops_before_the_share_is_exceeded(self):

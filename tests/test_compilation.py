@@ -135,7 +135,8 @@ def test_the_command_has_an_option_for_it(monkeypatch):
 COMMAND = """
 import collections, json, sys
 import jax
-from dlm_jax import checkpoint, generate, options, tokenizer
+from dlm_jax import checkpoint, generate, tokenizer
+from dlm_jax.cli import options
 events = collections.Counter()
 jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
 assert generate.main(sys.argv[1:]) == 0

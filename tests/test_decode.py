@@ -15,11 +15,11 @@ from conftest import ROOT, prompts, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax import decode as decode_lib
-from dlm_jax import history
-from dlm_jax.arguments import prepare
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate, diffusion_stream
+from dlm_jax.decoding import history
+from dlm_jax.decoding import loop as decode_lib
+from dlm_jax.decoding.arguments import prepare
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate, diffusion_stream
 
 KEY = jax.random.key(7)
 # Every schedule, confidence measure and family once; all combinations would only cost compile time.

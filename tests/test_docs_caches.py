@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT, prompts, small
 
 from dlm_jax import arithmetic, cache, generate
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "caches.md").read_text(encoding="utf-8")

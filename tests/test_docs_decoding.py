@@ -13,12 +13,12 @@ import pytest
 from conftest import GOLDEN, ROOT, small
 
 from dlm_jax import DecodeConfig, LikelihoodConfig, arithmetic, cache, generate, tokenizer
-from dlm_jax.arguments import prepare
-from dlm_jax.decode import RECORDS, GenerateOutput
+from dlm_jax.decoding.arguments import prepare
+from dlm_jax.decoding.checks import RULES, STRATEGIES
+from dlm_jax.decoding.loop import RECORDS, GenerateOutput
+from dlm_jax.decoding.sampler import ALGORITHMS
+from dlm_jax.decoding.schedule import SCHEDULES
 from dlm_jax.estimators import ESTIMATORS
-from dlm_jax.refusals import RULES, STRATEGIES
-from dlm_jax.sampler import ALGORITHMS
-from dlm_jax.schedule import SCHEDULES
 
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "decoding.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from lm_eval.tasks import TaskManager
 
 from dlm_jax import checkpoint, evaluate, generate, models, sharding
 from dlm_jax.cache import METHODS, CacheMethod
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, evaluation, report, tasks
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM

@@ -20,7 +20,7 @@ import dlm_jax
 from dlm_jax import checkpoint, models
 from dlm_jax.cache import D2Cache, DKVGreedy, DLLMCache, Dual, NoCache
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Answer, Engine, Result
 from dlm_jax.eval import arguments, defaults, runners
 from dlm_jax.eval.defaults import Recipe

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax import options
+from dlm_jax.cli import options
+from dlm_jax.cli.options import Contender
 from dlm_jax.eval import report
-from dlm_jax.options import Contender
 
 
 def sample(**changes):

@@ -22,12 +22,13 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax import arithmetic, cache, checkpoint, choices, generate, live, tokenizer
+from dlm_jax import arithmetic, cache, checkpoint, generate, tokenizer
 from dlm_jax.answers import Answer, Result, Snapshot
-from dlm_jax.config import DecodeConfig
+from dlm_jax.cli import choices, live
+from dlm_jax.decoding.checks import STRATEGIES
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.schedule import SCHEDULES
 from dlm_jax.engine import Engine, PromptError, check_rows
-from dlm_jax.refusals import STRATEGIES
-from dlm_jax.schedule import SCHEDULES
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}<|user|>{{ m['content'] }}"

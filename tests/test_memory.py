@@ -9,8 +9,8 @@ from conftest import compile_as_users_do
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate
 from dlm_jax.models import Transformer
 
 B, P, G = 8, 512, 512

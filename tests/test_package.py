@@ -36,7 +36,7 @@ def test_no_public_name_hides_a_module():
     [
         ("import dlm_jax", ("jax", "numpy", "flax", "rich")),
         ("import dlm_jax.generate", ("jax", "numpy", "flax", "rich")),
-        ("import dlm_jax.job", ("transformers", "tokenizers", "orbax", "optax", "torch")),
+        ("import dlm_jax.cli.run", ("transformers", "tokenizers", "orbax", "optax", "torch")),
     ],
 )
 def test_imports_are_late(statement, absent, tmp_path):

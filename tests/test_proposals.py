@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from conftest import prompts, small
 
-from dlm_jax import proposals
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate
 
 PROMPT = prompts(2, 6, seed=2)
 VOCABULARY = 40

@@ -9,7 +9,8 @@ import shlex
 import pytest
 from conftest import ROOT
 
-from dlm_jax import arithmetic, generate, live
+from dlm_jax import arithmetic, generate
+from dlm_jax.cli import live
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(

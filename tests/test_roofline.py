@@ -14,7 +14,7 @@ from roofline import Ceilings, Product
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import Transformer
 
 P, G, BLOCK = 6, 8, 4

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dlm_jax import sampler
+from dlm_jax.decoding import sampler
 
 VOCAB = 7
 LOGITS = np.log(

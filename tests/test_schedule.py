@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax import schedule
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding import schedule
+from dlm_jax.decoding.config import DecodeConfig
 
 
 def make(name: str, masks: int, **arguments) -> tuple[schedule.Schedule, int | None]:

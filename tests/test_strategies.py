@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_unmask import by_score, slow_bounded, slow_factored
 
-from dlm_jax import schedule, wino
 from dlm_jax.cache import make
-from dlm_jax.config import DecodeConfig
-from dlm_jax.decode import diffusion_generate
+from dlm_jax.decoding import schedule
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate
+from dlm_jax.decoding.state import Draws
+from dlm_jax.decoding.strategies import wino
 from dlm_jax.models.base import lay_out, unembed
-from dlm_jax.state import Draws
 
 ROWS, PROMPT, GEN, BLOCK = 3, 6, 12, 6
 LENGTH = PROMPT + GEN

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dlm_jax import turns
+from dlm_jax.decoding import turns
 
 B = 7
 NONE = np.arange(B)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dlm_jax import models, queries, unmask
-from dlm_jax.config import DecodeConfig
+from dlm_jax import models, queries, ranking
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
 from dlm_jax.models.layers import attention, rotary, rotate
@@ -63,7 +63,7 @@ class TestTop:
     )
     def test_takes_the_surest_eligible_positions_leftmost_first(self, confidence, eligible, quota):
         ranked = sorted(np.flatnonzero(eligible), key=lambda position: -confidence[position])
-        chosen = unmask.top(
+        chosen = ranking.top(
             jnp.asarray(confidence, jnp.float32), jnp.asarray(eligible), jnp.int32(quota)
         )
         assert np.flatnonzero(chosen).tolist() == sorted(
@@ -71,7 +71,7 @@ class TestTop:
         )
 
     def test_unread_positions_are_never_taken(self):
-        chosen = unmask.top(
+        chosen = ranking.top(
             jnp.asarray([-jnp.inf, 0.5, -jnp.inf]), jnp.asarray([False, True, False]), jnp.int32(3)
         )
         assert chosen.tolist() == [False, True, False]

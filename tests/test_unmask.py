@@ -8,7 +8,9 @@ from conftest import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax import guidance, klass, unmask, wino
+from dlm_jax import ranking
+from dlm_jax.decoding import guidance
+from dlm_jax.decoding.strategies import klass, wino
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Transformer
 from dlm_jax.models.base import lay_out, unembed
@@ -20,10 +22,10 @@ rows = st.lists(parts, min_size=SIZE, max_size=SIZE)
 flags = st.lists(st.booleans(), min_size=SIZE, max_size=SIZE)
 often = settings(max_examples=150, deadline=None, derandomize=True)
 
-top = jax.jit(unmask.top)
-sure = jax.jit(unmask.sure)
-factored = jax.jit(unmask.factored)
-bounded_entropy = jax.jit(unmask.bounded_entropy)
+top = jax.jit(ranking.top)
+sure = jax.jit(ranking.sure)
+factored = jax.jit(ranking.factored)
+bounded_entropy = jax.jit(ranking.bounded_entropy)
 
 
 def row(values) -> jax.Array:
@@ -75,7 +77,7 @@ class TestTop:
     def test_definition(self, score, eligible, quota):
         taken = top(row(score), jnp.asarray(eligible), jnp.int32(quota))
         assert np.flatnonzero(taken).tolist() == sorted(by_score(score, eligible)[:quota])
-        place = unmask.rank(row(score), jnp.asarray(eligible))
+        place = ranking.rank(row(score), jnp.asarray(eligible))
         assert sorted(place.tolist()) == list(range(SIZE))
 
 

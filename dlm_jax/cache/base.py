@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import queries as queries_lib
-from dlm_jax import unmask
-from dlm_jax.config import DecodeConfig
+from dlm_jax import ranking
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn
 from dlm_jax.queries import Queries
@@ -55,7 +55,7 @@ class Row(NamedTuple):
         """What this step will fill, where the order was drawn in advance; else what it may."""
         if self.order_L is None:
             return self.eligible_L
-        return unmask.top(-self.order_L, self.eligible_L, self.quota)
+        return ranking.top(-self.order_L, self.eligible_L, self.quota)
 
 
 class Observation(NamedTuple):

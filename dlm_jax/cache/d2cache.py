@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
-from dlm_jax import unmask
+from dlm_jax import ranking
 from dlm_jax.cache.base import (
     KV,
     CacheMethod,
@@ -25,11 +25,11 @@ from dlm_jax.cache.base import (
     check_whole,
     round_up,
 )
-from dlm_jax.config import DecodeConfig
-from dlm_jax.density import certainty_density
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, sources
 from dlm_jax.queries import Queries
+from dlm_jax.ranking import certainty_density
 from dlm_jax.typing import Array, Bool, Float, Int
 
 
@@ -134,7 +134,7 @@ class D2Cache(CacheMethod):
         window_G = (slot_G >= row.block * geo.block) & (slot_G < (last + 1) * geo.block)
         score_G = confidence_L[prompt:] * certainty_density(~masked_G, self.sigma)
         score_G = jnp.where(in_block_G, score_G + jnp.max(score_G), score_G)
-        soon_G = unmask.top(score_G, window_G & masked_G, jnp.int32(self.current_k))
+        soon_G = ranking.top(score_G, window_G & masked_G, jnp.int32(self.current_k))
         soon_L = jnp.pad(soon_G, (prompt, 0))
         needed_L = sources(soon_L, row.valid_L, geo.shift)
         generated_L = jnp.arange(geo.length) >= prompt

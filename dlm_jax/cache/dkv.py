@@ -14,7 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import unmask
+from dlm_jax import ranking
 from dlm_jax.cache.base import (
     GRAIN,
     CacheMethod,
@@ -25,10 +25,10 @@ from dlm_jax.cache.base import (
     check_whole,
     round_up,
 )
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, sources
-from dlm_jax.sampler import ALGORITHMS
 from dlm_jax.typing import Array, Bool, Int, PyTree
 
 SHIFT_TYPES = ("un", "un_right")
@@ -207,7 +207,7 @@ class DKVGreedy(CacheMethod):
         """Adds, for one of the next tokens after the other, the nearest masks not yet chosen."""
         assert row.order_L is not None  # or `check` would have refused
         slot_L = jnp.arange(geo.length)
-        place_L = unmask.rank(-row.order_L, row.eligible_L)
+        place_L = ranking.rank(-row.order_L, row.eligible_L)
 
         def add(i: Int[Array, ""], chosen_L: Array) -> Array:
             token = jnp.argmax(place_L == i)
@@ -215,7 +215,7 @@ class DKVGreedy(CacheMethod):
             offset_L = slot_L - centre
             distance_L = jnp.where(offset_L < 0, -2 * offset_L - 1, 2 * offset_L)
             free_L = masked_L & ~chosen_L & row.next_L[token]
-            nearest_L = unmask.top(
+            nearest_L = ranking.top(
                 -distance_L.astype(jnp.float32), free_L, jnp.int32(self.window_size)
             )
             return chosen_L | nearest_L

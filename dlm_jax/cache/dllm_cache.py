@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
-from dlm_jax import unmask
+from dlm_jax import ranking
 from dlm_jax.cache.base import CacheMethod, Row, Variant, check_number, check_whole
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, plain_layer
@@ -158,7 +158,7 @@ def _layer(
             _cosine(fresh_BLKH[:, prompt - first :], v_BKLH[:, :, prompt:].swapaxes(1, 2)),
             ((0, 0), (prompt, 0)),
         )
-        changed_BL = jax.vmap(unmask.top, (0, 0, None))(
+        changed_BL = jax.vmap(ranking.top, (0, 0, None))(
             -similarity_BL, between_BL, jnp.int32(method.changed(geo))
         )
         selected_BL = selected_BL | changed_BL

@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from dlm_jax.cache.base import CacheMethod, Row, Variant, buckets
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, sources
 from dlm_jax.typing import Array, Bool, PyTree

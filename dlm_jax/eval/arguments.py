@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlm_jax import cache as cache_lib
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.estimators import ESTIMATORS
 from dlm_jax.likelihood import LikelihoodConfig
 from dlm_jax.models import Config

@@ -13,9 +13,9 @@ from typing import Any
 from dlm_jax import cache as cache_lib
 from dlm_jax import tokenizer
 from dlm_jax.cache import CacheMethod
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.models import Config
-from dlm_jax.sampler import ALGORITHMS
 
 VARIANTS = ("base", "inst", "1.5")
 """Base, instruction-tuned, and LLaDA 1.5, which the framework treats as a base model."""

@@ -23,15 +23,16 @@ from lm_eval.tasks import TaskManager
 import dlm_jax
 from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint as checkpoint_lib
-from dlm_jax import choices, distributed, files, sharding, tokenizer
+from dlm_jax import distributed, files, sharding, tokenizer
 from dlm_jax.cache import CacheMethod
-from dlm_jax.config import DecodeConfig
+from dlm_jax.cli import choices
+from dlm_jax.cli.options import Contender
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, report, tasks
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
 from dlm_jax.eval.report import Row
 from dlm_jax.eval.responses import Responses, digest, fingerprint
-from dlm_jax.options import Contender
 
 LOGGERS = ("lm_eval", "datasets", "httpx")
 """They tell of every step; the command says itself what goes on."""

@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from dlm_jax import history
-from dlm_jax.arguments import Call, prepare
 from dlm_jax.cache.base import CacheMethod, Variant
 from dlm_jax.cache.none import NoCache
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding import history
+from dlm_jax.decoding.arguments import Call, prepare
+from dlm_jax.decoding.canvas import unfinished
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup, draw_order
+from dlm_jax.decoding.step import begin, step
 from dlm_jax.models.base import Transformer, lay_out
-from dlm_jax.progress import unfinished
-from dlm_jax.state import DecodeState, Draws, LogitsProcessor, Setup, draw_order
-from dlm_jax.step import begin, step
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params, PyTree
 
 RECORDS = ("computed", "computed_layers", "history", "state")

@@ -1,8 +1,8 @@
 """The options that commands share: how a model, a decoding and a cache are asked for.
 
 A command adds these to its parser, so that an option has one name, one check and one help text
-everywhere; `dlm_jax.choices` makes configurations of what was parsed. Nothing here takes time to
-import.
+everywhere; `dlm_jax.cli.choices` makes configurations of what was parsed. Nothing here takes time
+to import.
 """
 
 import argparse

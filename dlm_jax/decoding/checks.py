@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from jax.core import Tracer
 
+from dlm_jax.decoding.sampler import ALGORITHMS
+from dlm_jax.decoding.schedule import SCHEDULES
 from dlm_jax.models import Config
-from dlm_jax.sampler import ALGORITHMS
-from dlm_jax.schedule import SCHEDULES
 
 if TYPE_CHECKING:
-    from dlm_jax.config import DecodeConfig
+    from dlm_jax.decoding.config import DecodeConfig
 
 RULES = ("threshold", "factor", "gamma")
 """Fields that let confidence decide how many tokens a step commits."""

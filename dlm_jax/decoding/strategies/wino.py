@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
-from dlm_jax import unmask
+from dlm_jax import ranking
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Transformer
 from dlm_jax.queries import Queries, Slots
@@ -104,4 +104,4 @@ def revoked(
       least: what the canvas must gain in the step.
     """
     doubtful_L = committed_L & (probability_L < narrow_out_thres)
-    return unmask.top(-probability_L, doubtful_L, jnp.maximum(committed_now - least, 0))
+    return ranking.top(-probability_L, doubtful_L, jnp.maximum(committed_now - least, 0))

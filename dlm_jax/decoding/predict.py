@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import guidance, queries
-from dlm_jax.forward import Seen
+from dlm_jax import queries
+from dlm_jax.decoding import guidance
+from dlm_jax.decoding.forward import Seen
+from dlm_jax.decoding.sampler import Sampled, entropy, sample
+from dlm_jax.decoding.state import DecodeState, Setup, position_keys
 from dlm_jax.models.base import unembed
-from dlm_jax.sampler import Sampled, entropy, sample
-from dlm_jax.state import DecodeState, Setup, position_keys
 from dlm_jax.typing import Array, Float, Int
 
 LOGITS = 2**26

@@ -8,9 +8,9 @@ import numpy as np
 from jax.core import Tracer
 
 from dlm_jax.cache.base import CacheMethod
-from dlm_jax.config import DecodeConfig, Numbers
+from dlm_jax.decoding.config import DecodeConfig, Numbers
+from dlm_jax.decoding.state import Draws, LogitsProcessor, static
 from dlm_jax.models.base import Transformer
-from dlm_jax.state import Draws, LogitsProcessor, static
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from dlm_jax import cache, chat, checkpoint, choices, files, tokenizer
+from dlm_jax import cache, checkpoint, files, tokenizer
 from dlm_jax.answers import Answer, Result
-from dlm_jax.config import DecodeConfig
+from dlm_jax.cli import chat, choices
+from dlm_jax.cli.live import Canvas
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine, check_rows
-from dlm_jax.live import Canvas
 from dlm_jax.models import Config
 
 

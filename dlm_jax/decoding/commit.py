@@ -9,12 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import klass, queries, unmask, wino
+from dlm_jax import queries, ranking
 from dlm_jax.cache.base import Row
-from dlm_jax.density import certainty_density
-from dlm_jax.forward import Seen
-from dlm_jax.proposals import Proposals
-from dlm_jax.state import DecodeState, Setup, position_keys
+from dlm_jax.decoding.forward import Seen
+from dlm_jax.decoding.predict import Proposals
+from dlm_jax.decoding.state import DecodeState, Setup, position_keys
+from dlm_jax.decoding.strategies import klass, wino
+from dlm_jax.ranking import certainty_density
 from dlm_jax.typing import Array, Bool, Float, Int
 
 CHOICE = 1
@@ -56,14 +57,14 @@ def commit(
     given_BL = setup.transfer_BL(state.nfe)
     if given_BL is not None:
         return candidate_BL & given_BL
-    top = jax.vmap(unmask.top)
+    top = jax.vmap(ranking.top)
     if rows.order_L is not None:
         return top(-rows.order_L, candidate_BL, rows.quota)
     if setup.decode.measure.thinned:
         noise_BL = -_uniform(setup, state)
         assert setup.schedule.share is not None  # `DecodeConfig` demands the schedule `timestep`
         share_B = setup.schedule.share(state.block_step_B)
-        count_B = jax.vmap(unmask.sure)(noise_BL, candidate_BL, -share_B)
+        count_B = jax.vmap(ranking.sure)(noise_BL, candidate_BL, -share_B)
         return top(noise_BL, candidate_BL, jnp.maximum(count_B, rows.quota))
     scores = _scores(setup, state, rows, seen, proposed)
     if not setup.decode.parallel:
@@ -153,10 +154,10 @@ def _count(
     numbers = setup.numbers
     threshold = numbers.wide_in_thres if numbers.threshold is None else numbers.threshold
     if threshold is not None:
-        sure = jax.vmap(unmask.sure, (0, 0, None))
+        sure = jax.vmap(ranking.sure, (0, 0, None))
         return sure(scores.score_BL, among_BL, scores.level(threshold))
     if numbers.factor is not None:
-        factored = jax.vmap(unmask.factored, (0, 0, None))
+        factored = jax.vmap(ranking.factored, (0, 0, None))
         count_B = factored(scores.confidence_BL, among_BL, numbers.factor)
         spared = int(setup.decode.spare_last)
         return jnp.minimum(count_B, jnp.sum(among_BL, axis=-1, dtype=jnp.int32) - spared)
@@ -164,7 +165,7 @@ def _count(
     entropy_BL = queries.scatter(
         jnp.zeros(among_BL.shape, jnp.float32), proposed.entropy, seen.slot_BW
     )
-    bounded = jax.vmap(unmask.bounded_entropy, (0, 0, 0, None))
+    bounded = jax.vmap(ranking.bounded_entropy, (0, 0, 0, None))
     return bounded(scores.score_BL, entropy_BL, among_BL, numbers.gamma)
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from dlm_jax import queries
 from dlm_jax.cache.base import Row
+from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.geometry import Geometry
-from dlm_jax.state import DecodeState, Setup
 from dlm_jax.typing import Array, Bool, Int
 
 

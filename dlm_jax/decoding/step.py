@@ -13,12 +13,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import klass, progress, queries
+from dlm_jax import queries
 from dlm_jax.cache.base import Observation, Variant
-from dlm_jax.commit import commit, revoke
-from dlm_jax.forward import forward
-from dlm_jax.proposals import propose
-from dlm_jax.state import DecodeState, Setup
+from dlm_jax.decoding import canvas
+from dlm_jax.decoding.commit import commit, revoke
+from dlm_jax.decoding.forward import forward
+from dlm_jax.decoding.predict import propose
+from dlm_jax.decoding.state import DecodeState, Setup
+from dlm_jax.decoding.strategies import klass
 from dlm_jax.typing import Array, Bool, Int, PyTree
 
 
@@ -65,14 +67,14 @@ def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = 
             else None
         ),
     )
-    return progress.enter(setup, state)
+    return canvas.enter(setup, state)
 
 
 def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
     """One denoising step: computes the selected positions, commits tokens, chooses the next set."""
     method, geo = setup.method, setup.geo
     mask_id = setup.model.config.mask_id
-    rows, most_B = progress.rows(setup, state)
+    rows, most_B = canvas.rows(setup, state)
     active_B = jnp.any(rows.eligible_L, axis=-1)
 
     # Network and candidates: what the model would put where.
@@ -116,7 +118,7 @@ def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
         memory=jax.vmap(_keep_unless)(active_B, observed, state.memory),
         cache=seen.cache,
     )
-    return progress.advance(setup, state)
+    return canvas.advance(setup, state)
 
 
 def _keep_unless(active: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import klass, queries
+from dlm_jax import queries
 from dlm_jax.cache.base import CacheMethod, Variant
-from dlm_jax.config import DecodeConfig, Numbers
+from dlm_jax.decoding.config import DecodeConfig, Numbers
+from dlm_jax.decoding.sampler import Debias
+from dlm_jax.decoding.schedule import Schedule
+from dlm_jax.decoding.strategies import klass
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Transformer
 from dlm_jax.queries import Slots
-from dlm_jax.sampler import Debias
-from dlm_jax.schedule import Schedule
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params, PyTree
 
 LogitsProcessor = Callable[..., Array]

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from dlm_jax import models, refusals
+from dlm_jax import models
+from dlm_jax.decoding import checks
+from dlm_jax.decoding.checks import concrete, positive
+from dlm_jax.decoding.sampler import ALGORITHMS, Measure
+from dlm_jax.decoding.schedule import SCHEDULES, Schedule
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
-from dlm_jax.refusals import concrete, positive
-from dlm_jax.sampler import ALGORITHMS, Measure
-from dlm_jax.schedule import SCHEDULES, Schedule
 from dlm_jax.typing import Array, Float, Int
 
 Number = Float[Array, ""] | None
@@ -145,7 +146,7 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         if isinstance(self.suppress, list):
             object.__setattr__(self, "suppress", tuple(self.suppress))
-        refusals.check(self)
+        checks.check(self)
         self.geometry(prompt=1, shift=0)
 
     @classmethod
@@ -158,7 +159,7 @@ class DecodeConfig:
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         family = dict(models.FAMILIES[config.family].DECODE)
-        ruled = any(name in given for name in (*refusals.RULES, "strategy"))
+        ruled = any(name in given for name in (*checks.RULES, "strategy"))
         if (ruled or "sigma" in given) and not ALGORITHMS[family["alg"]].is_probability:
             family["alg"] = "maskgit_plus"
         thinned = given.get("alg") in ALGORITHMS and ALGORITHMS[given["alg"]].thinned
@@ -180,7 +181,7 @@ class DecodeConfig:
     @property
     def parallel(self) -> bool:
         """Whether data decide how many tokens a step commits."""
-        rules = (getattr(self, name) for name in refusals.RULES)
+        rules = (getattr(self, name) for name in checks.RULES)
         return self.strategy is not None or any(rule is not None for rule in rules)
 
     @property
@@ -217,7 +218,7 @@ class DecodeConfig:
         Raises:
           ValueError: one sentence that says what would be right.
         """
-        refusals.check_model(self, config)
+        checks.check_model(self, config)
 
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
         """The static shape of a generation after a prompt of `prompt` slots."""

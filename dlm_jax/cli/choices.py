@@ -1,4 +1,4 @@
-"""From parsed options (`dlm_jax.options`) to what a `DecodeConfig` is made of."""
+"""From parsed options (`dlm_jax.cli.options`) to what a `DecodeConfig` is made of."""
 
 import argparse
 from typing import Any
@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from dlm_jax import tokenizer
-from dlm_jax.config import DecodeConfig
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.models import Config
-from dlm_jax.sampler import ALGORITHMS
 
 PASSED = (
     *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),

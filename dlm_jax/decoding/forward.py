@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dlm_jax import guidance, queries, turns, wino
+from dlm_jax import queries
 from dlm_jax.cache.base import Row, Variant
+from dlm_jax.decoding import guidance, turns
+from dlm_jax.decoding.state import DecodeState, Setup
+from dlm_jax.decoding.strategies import wino
 from dlm_jax.models.base import LayerFn, readout, source_slot
 from dlm_jax.queries import Slots
-from dlm_jax.state import DecodeState, Setup
 from dlm_jax.typing import Array, Bool, Float, Int, PyTree
 
 

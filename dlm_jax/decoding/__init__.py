@@ -1,0 +1,1 @@
+"""Decoding: how a canvas of masks becomes text."""
