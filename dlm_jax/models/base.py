@@ -82,6 +82,22 @@ class Config:
                     f"{self.vocab_size}."
                 )
 
+    def room(self, answer: int) -> int:
+        """The most tokens that a prompt can have before `answer` tokens; may be below 1."""
+        return self.max_length - answer
+
+    def check_length(self, prompt: int, answer: int) -> None:
+        """Refuses a prompt and an answer, in tokens, that are longer than the context.
+
+        Raises:
+          ValueError: one sentence.
+        """
+        if prompt > self.room(answer):
+            raise ValueError(
+                f"Prompt and answer have {prompt} + {answer} tokens; the model's context ends at "
+                f"{self.max_length}."
+            )
+
 
 class Block(nn.Module):
     """One transformer block, as operations that a layer function composes.
@@ -145,7 +161,8 @@ def plain_layer(
     """The block without a cache: the queries attend to one another and nothing is kept."""
     hidden, acc = carry
     length = queries.valid_BL.shape[1]
-    real_BQ = (queries.index_BQ < length) & queries_lib.gather(queries.valid_BL, queries.index_BQ)
+    seen_BQ = queries_lib.gather(queries.attended_BL, queries.index_BQ)
+    real_BQ = (queries.index_BQ < length) & seen_BQ
     normed = block.norm(hidden)
     q = block.query(normed, queries.rotary_BQH)
     k = block.key(normed, queries.rotary_BQH)
