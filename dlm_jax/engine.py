@@ -23,6 +23,7 @@ from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import Frame, diffusion_generate, diffusion_stream
+from dlm_jax.keys import row_keys
 from dlm_jax.models import Config
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Key, Params
 
@@ -180,7 +181,7 @@ class Engine:
         if self.mesh is None:
             return [(self._params[0], batch)]
         rows = len(batch.ids_BP)
-        batch = batch._replace(key=sharding.row_keys(batch.key, rows))
+        batch = batch._replace(key=row_keys(batch.key, rows))
         # Copies of the last row, until every part has as many.
         filled = np.minimum(np.arange(rows + -rows % self.mesh.shape[sharding.DATA]), rows - 1)
         shares = sharding.split_rows(jax.tree.map(lambda leaf: leaf[filled], batch), self._islands)
