@@ -50,7 +50,7 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConf
             )
         if config.mask_id in row and not decode.infill:
             raise PromptError(f"{which} holds the mask token, which only infilling replaces.")
-        if len(row) + decode.gen_length > config.max_length:
+        if len(row) > config.room(decode.gen_length):
             raise PromptError(
                 f"{which} has {len(row)} tokens, and {decode.gen_length} are to be generated, but "
                 f"the model's context ends at {config.max_length}; take a shorter prompt or a "
@@ -157,8 +157,8 @@ class Engine:
         """
         config = self.checkpoint.config
         check_rows(rows, config, self.decode)
-        limit = config.max_length - self.decode.gen_length
-        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=limit)
+        room = config.room(self.decode.gen_length)
+        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=room)
         if draw is not None:
             return self._stepwise(rows, ids_BP, mask_BP, key, draw)
 

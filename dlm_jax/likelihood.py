@@ -153,11 +153,7 @@ def log_likelihood(
             f"There are {batch} prompts and {rows} answers; there must be as many of one as of the "
             "other, and at least one."
         )
-    if prompt + answer > model.config.max_length:
-        raise ValueError(
-            f"Prompt and answer have {prompt} + {answer} tokens; the model's context ends at "
-            f"{model.config.max_length}."
-        )
+    model.config.check_length(prompt, answer)
     for name, side, mask in (("prompt", "left", prompt_valid), ("answer", "right", answer_valid)):
         if isinstance(mask, Tracer):
             continue

@@ -236,3 +236,13 @@ class TestModelConfigs:
             small_config(num_kv_heads=3)
         with pytest.raises(ValueError, match="even number"):
             small_config(head_dim=3)
+
+    def test_a_context_has_room_for_a_prompt_and_an_answer(self):
+        config = small_config(max_length=64)
+        assert (config.room(0), config.room(60), config.room(70)) == (64, 4, -6)
+        for prompt, answer in ((4, 60), (0, 64), (64, 0)):
+            config.check_length(prompt, answer)
+        with pytest.raises(ValueError, match=r"have 5 \+ 60 tokens; the .* context ends at 64\."):
+            config.check_length(5, 60)
+        with pytest.raises(ValueError, match=r"have 0 \+ 65 tokens"):
+            config.check_length(0, 65)

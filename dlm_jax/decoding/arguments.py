@@ -89,11 +89,7 @@ def prepare(
         share_V = np.asarray(token_freq)
         if not ((share_V >= 0) & (share_V <= 1)).all():
             raise ValueError("token_freq holds numbers outside [0, 1]; it must hold shares.")
-    if geo.length > config.max_length:
-        raise ValueError(
-            f"Prompt and answer have {prompt} + {geo.gen} tokens; the model's context ends at "
-            f"{config.max_length}."
-        )
+    config.check_length(prompt, geo.gen)
     if not isinstance(prompt_BP, Tracer):
         if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
             raise ValueError(

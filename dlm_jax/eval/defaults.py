@@ -124,7 +124,7 @@ class Recipe:
         if chosen.get("sigma") == 0:
             del chosen["sigma"]  # the framework's way to do without
         decode = DecodeConfig.for_model(self.config, **chosen)
-        if decode.gen_length >= self.config.max_length:
+        if self.config.room(decode.gen_length) < 1:
             raise ValueError(
                 f"gen_length is {decode.gen_length} for {task}; it must leave room for a prompt in "
                 f"the model's context of {self.config.max_length} tokens."

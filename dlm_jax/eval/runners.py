@@ -175,7 +175,7 @@ class Scorer:
             return length
         padded = -(-length // tokenizer.BUCKET) * tokenizer.BUCKET
         # Pairs that would not fit with that share a batch with answers of their own length.
-        fits = len(pair.prompt) + padded <= self._checkpoint.config.max_length
+        fits = len(pair.prompt) <= self._checkpoint.config.room(padded)
         return padded if fits else length
 
     def __call__(self, group: int, batch: Sequence[Request], *, rows: int) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ class Scorer:
         longest = max(len(pair.prompt) for pair in pairs)
         answers = min(group, config.max_length - longest)
         ids_BP, prompt_mask_BP = tokenizer.pad(
-            [pair.prompt for pair in pairs], config.pad_id, limit=config.max_length - answers
+            [pair.prompt for pair in pairs], config.pad_id, limit=config.room(answers)
         )
         reversed_BA, reversed_mask_BA = tokenizer.pad(
             [pair.answer[::-1] for pair in pairs], config.pad_id, bucket=answers

@@ -82,6 +82,22 @@ class Config:
                     f"{self.vocab_size}."
                 )
 
+    def room(self, answer: int) -> int:
+        """The most tokens that a prompt can have before `answer` tokens; may be below 1."""
+        return self.max_length - answer
+
+    def check_length(self, prompt: int, answer: int) -> None:
+        """Refuses a prompt and an answer, in tokens, that are longer than the context.
+
+        Raises:
+          ValueError: one sentence.
+        """
+        if prompt > self.room(answer):
+            raise ValueError(
+                f"Prompt and answer have {prompt} + {answer} tokens; the model's context ends at "
+                f"{self.max_length}."
+            )
+
 
 class Block(nn.Module):
     """One transformer block, as operations that a layer function composes.
