@@ -328,8 +328,7 @@ class Engine:
     def _until_end(self, ids: Sequence[int]) -> Sequence[int]:
         """The ids of an answer up to its end; a prompt may hold ends of text that were given."""
         given = len(ids) - self.decode.gen_length
-        eos_id = self.decode.eos_id
-        eos_id = self.checkpoint.config.eos_id if eos_id is None else eos_id
+        eos_id = self.decode.end_of_text(self.checkpoint.config)
         return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], eos_id)]
 
     def _result(

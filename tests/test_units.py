@@ -171,6 +171,11 @@ class TestDecodeConfig:
         rule = DecodeConfig(threshold=0.5, sigma=2.0).split()[0]
         assert rule == DecodeConfig(threshold=0.9, sigma=3.0).split()[0] and rule.parallel
 
+    def test_an_answer_ends_at_the_model_s_token_unless_another_one_is_given(self):
+        config = small_config(eos_id=38)
+        assert DecodeConfig().end_of_text(config) == 38
+        assert DecodeConfig(eos_id=0).end_of_text(config) == 0
+
 
 class TestModelConfigs:
     LLADA, DREAM = llada.to_hf(small_config()), dream.to_hf(small_config("dream"))

@@ -220,6 +220,10 @@ class DecodeConfig:
         """
         checks.check_model(self, config)
 
+    def end_of_text(self, config: Config) -> int:
+        """The token that ends an answer: `eos_id`, or else the model's."""
+        return config.eos_id if self.eos_id is None else self.eos_id
+
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
         """The static shape of a generation after a prompt of `prompt` slots."""
         steps = self.steps

@@ -128,8 +128,8 @@ class Generator:
     def _text(self, answer: Answer, decode: DecodeConfig, stops: Sequence[str]) -> str:
         """The answer up to its end or a stop text, which may be a special token."""
         tok, config = self._checkpoint.tokenizer, self._checkpoint.config
-        eos_id = config.eos_id if decode.eos_id is None else decode.eos_id
-        kept = [i for i in tokenizer.until_eos(answer.ids, eos_id) if i != config.mask_id]
+        said = tokenizer.until_eos(answer.ids, decode.end_of_text(config))
+        kept = [token for token in said if token != config.mask_id]
         text = tok.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = tokenizer.cut(text, stops)
         ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"]
