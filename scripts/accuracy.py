@@ -42,7 +42,7 @@ from dlm_jax.cli.options import Parser
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write_json
 
-SUREST, RANDOM = "low_confidence", "random"
+SUREST = "low_confidence"
 BLOCK_LENGTH = 16
 
 
@@ -68,7 +68,7 @@ class Trial(NamedTuple):
     @property
     def label(self) -> str:
         """The method, and its parameters as far as they are set."""
-        order = " (random order)" if self.decode.alg == RANDOM and self.cache == NoCache() else ""
+        order = " (random order)" if self.decode.measure.drawn and self.cache == NoCache() else ""
         parameters = dataclasses.asdict(self.cache).items()
         shown = [f"{name}={value}" for name, value in parameters if value is not None]
         return " ".join([self.cache.name + order, *shown])
@@ -136,12 +136,8 @@ def plan(args: argparse.Namespace, model: str, opened: Checkpoint) -> list[Trial
     for name in args.caches:
         others = (o.parameters for o in args.cache_args if o.concerns(model, name))
         for method in (cache.make(name, **parameters) for parameters in ({}, *others)):
-            decode = surest
-            try:
-                method.check(opened.config, decode)
-            except ValueError:
-                decode = dataclasses.replace(surest, alg=RANDOM)
-                method.check(opened.config, decode)
+            decode = surest.for_cache(method)
+            method.check(opened.config, decode)
             for trial in (Trial(model, decode, NoCache()), Trial(model, decode, method)):
                 if trial not in trials:
                     trials.append(trial)

@@ -112,19 +112,6 @@ def make_decode(gen: int, block: int, per_step: int) -> DecodeConfig:
     return DecodeConfig(gen_length=gen, block_length=block, steps=gen // per_step)
 
 
-def suited(method: CacheMethod, config: Config, decode: DecodeConfig) -> DecodeConfig:
-    """The decoding, with a random order if the method refuses one that depends on confidence.
-
-    Drawing the order costs next to nothing, so one baseline serves both.
-    """
-    try:
-        method.check(config, decode)
-    except ValueError:
-        decode = dataclasses.replace(decode, alg="random")
-        method.check(config, decode)
-    return decode
-
-
 def random_prompts(config: Config, batch: int, length: int, seed: int) -> np.ndarray:
     """Token ids [B, P], none of them the mask."""
     ids_BP = np.random.default_rng(seed).integers(0, config.vocab_size - 1, (batch, length))
@@ -142,7 +129,8 @@ def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple
         decode, cases = make_decode(gen, args.block_length, args.tokens_per_step), []
         prompt_1P = random_prompts(config, 1, prompt, args.seed)
         for label, method in methods.items():
-            own = suited(method, config, decode)
+            # Drawing an order costs next to nothing, so one baseline serves both.
+            own = decode.for_cache(method)
             prepare(shapes, Transformer(config), prompt_1P, None, jax.random.key(0), own, method)
             cases.append(Case(label, method, own, []))
         plans.append((prompt, cases))

@@ -30,8 +30,6 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "dllm": dict(kp=16, kr=4),
     "d2cache": dict(current_k=8),
 }
-_DECODE: dict[str, dict[str, Any]] = {"dkv-greedy": dict(alg="random")}
-"""What a method wants of the decoding; the rest is as the family does."""
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 _REUSED, _COMPUTED, _DECODED = "#e9e9e9", "#0072b2", "#e69f00"
@@ -80,7 +78,7 @@ def trace(
     assert ((share_TL > 0) <= out.computed[: out.nfe, 0]).all()
     parameters = dataclasses.asdict(method)
     told = [f"{name}={_brief(value)}" for name, value in parameters.items() if value is not None]
-    if decode.alg == "random":
+    if decode.measure.drawn:
         told.append("random order")
     return Picture(
         title=f"{method.name}: {', '.join(told)}" if told else method.name,
@@ -181,21 +179,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         loaded = dlm_jax.load(args.model)
-        jobs = [
-            (
-                cache.make(name, **_PARAMETERS.get(name, {})),
-                DecodeConfig.for_model(
-                    loaded.config,
-                    gen_length=args.gen_length,
-                    block_length=args.block_length,
-                    **_DECODE.get(name, {}),
-                ),
-            )
-            for name in names
-        ]
-        for method, decode in jobs:
+        usual = DecodeConfig.for_model(
+            loaded.config, gen_length=args.gen_length, block_length=args.block_length
+        )
+        methods = [cache.make(name, **_PARAMETERS.get(name, {})) for name in names]
+        for method in methods:
             path = args.out / f"{method.name}.png"
-            draw(trace(loaded, method, args.prompt, decode), path)
+            draw(trace(loaded, method, args.prompt, usual.for_cache(method)), path)
             print(path, flush=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -50,10 +50,16 @@ def test_prompts_hold_no_mask():
     assert set(np.unique(bench.random_prompts(config, 2, 50, seed=0))) == {0, 2, 3}
 
 
-def test_a_method_that_must_know_the_order():
-    config = small_config()
-    assert bench.suited(cache_lib.DKVGreedy(), config, DECODE).alg == "random"
-    assert bench.suited(cache_lib.Dual(), config, DECODE) == DECODE
+def test_a_method_that_must_know_the_order_is_measured_in_a_random_one():
+    args = bench.parse([*SMALL, "--caches", "dkv-greedy,dual"])
+    config = models.PRESETS["small"]
+    shapes = random_weights.shapes(config, jnp.dtype("float32"))
+    ((_, cases),) = bench.plan(args, config, shapes)
+    assert [(case.label, case.decode.alg) for case in cases] == [
+        ("none", "low_confidence"),
+        ("dkv-greedy", "random"),
+        ("dual", "low_confidence"),
+    ]
 
 
 def test_weights():

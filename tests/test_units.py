@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from dlm_jax import models, queries, ranking
+from dlm_jax import cache, models, queries, ranking
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
@@ -175,6 +175,23 @@ class TestDecodeConfig:
         config = small_config(eos_id=38)
         assert DecodeConfig().end_of_text(config) == 38
         assert DecodeConfig(eos_id=0).end_of_text(config) == 0
+
+    def test_a_cache_that_must_know_the_order_gets_a_random_one(self):
+        greedy, dual = cache.make("dkv-greedy"), cache.make("dual")
+        config = DecodeConfig(gen_length=8, alg="entropy", temperature=0.5)
+        assert config.for_cache(greedy) == dataclasses.replace(config, alg="random")
+        drawn = config.for_cache(greedy)
+        assert drawn.for_cache(greedy) is drawn and config.for_cache(dual) is config
+        with pytest.raises(ValueError, match="With the cache 'dkv-greedy', .*, alg is 'random'"):
+            DecodeConfig(threshold=0.9).for_cache(greedy)
+
+    @pytest.mark.parametrize("method", cache.METHODS.values())
+    def test_what_a_cache_says_about_the_order_is_what_it_refuses(self, method):
+        model, config = small_config(), DecodeConfig(gen_length=8, block_length=4)
+        if method.needs_order:
+            with pytest.raises(ValueError, match="must know the next tokens"):
+                method().check(model, config)
+        method().check(model, config.for_cache(method()))
 
 
 class TestModelConfigs:

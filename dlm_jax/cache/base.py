@@ -163,6 +163,8 @@ class CacheMethod:
     """Whether a step reads what earlier ones computed."""
     reads_ahead: ClassVar[bool] = False
     """Whether `readable` goes beyond what the step may fill."""
+    needs_order: ClassVar[bool] = False
+    """Whether the order of the tokens must be drawn in advance; see `DecodeConfig.for_cache`."""
 
     @property
     def partial(self) -> bool:

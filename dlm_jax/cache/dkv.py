@@ -172,6 +172,7 @@ class DKVGreedy(CacheMethod):
 
     name: ClassVar[str] = "dkv-greedy"
     lockstep: ClassVar[bool] = True
+    needs_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_whole("cache_steps", self.cache_steps, 1)

@@ -1,7 +1,7 @@
 """`DecodeConfig`: everything a user chooses about decoding, validated when it is made."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -13,6 +13,9 @@ from dlm_jax.decoding.schedule import SCHEDULES, Schedule
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
 from dlm_jax.typing import Array, Float, Int
+
+if TYPE_CHECKING:
+    import dlm_jax.cache.base
 
 Number = Float[Array, ""] | None
 
@@ -172,6 +175,22 @@ class DecodeConfig:
             fitting = (n for n in range(usual, usual // 2 - 1, -1) if n and gen_length % n == 0)
             chosen["block_length"] = next(fitting, None) if gen_length > 0 else None
         return cls(**chosen)
+
+    def for_cache(self, method: "dlm_jax.cache.base.CacheMethod") -> "DecodeConfig":
+        """This configuration, with a random order if the method must know it in advance.
+
+        Raises:
+          ValueError: something else goes by confidence; one sentence.
+        """
+        if self.measure.drawn or not method.needs_order:
+            return self
+        try:
+            return dataclasses.replace(self, alg="random")
+        except ValueError as error:
+            raise ValueError(
+                f"With the cache {method.name!r}, which must know the order of the tokens in "
+                f"advance, {error}"
+            ) from error
 
     @property
     def measure(self) -> Measure:

@@ -130,16 +130,9 @@ class Recipe:
                 f"the model's context of {self.config.max_length} tokens."
             )
         method = cache_lib.make(self.cache, **_cache_args(task, self) | dict(self.cache_args))
-        try:
-            method.check(self.config, decode)
-        except ValueError as error:
-            if "alg" in self.decode:
-                raise
-            try:
-                decode = DecodeConfig.for_model(self.config, **chosen | dict(alg="random"))
-                method.check(self.config, decode)
-            except ValueError:
-                raise error from None
+        if "alg" not in self.decode:
+            decode = decode.for_cache(method)
+        method.check(self.config, decode)
         return decode, method
 
 
