@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("tasks").add_argument
     add(
         "--tasks",
-        type=_names,
+        type=options.names,
         default=[TASK],
         metavar="NAME,...",
         help=f"tasks of this package or of lm-evaluation-harness [{TASK}]",
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_cache(add)
     add(
         "--compare",
-        type=options.contenders,
+        type=options.named_list,
         metavar="NAME,...",
         help="several caches on the same samples, as none,dual,d2cache:rollout_p=0.2+sigma=0",
     )
@@ -197,13 +197,6 @@ def check(args: argparse.Namespace) -> None:
                 f"{module} is not installed; evaluation needs the extra eval: pip install "
                 "'dlm-jax[eval]'."
             )
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
-    return names
 
 
 def _limit(text: str) -> int | float:

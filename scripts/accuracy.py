@@ -22,7 +22,6 @@ Standard output is a table in Markdown:
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_gene
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.cli.options import Parser
+from dlm_jax.cli import options
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write_json
 
@@ -219,9 +218,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_parser(description: str | None, *, caches: list[str], problems: int) -> Parser:
+def make_parser(description: str | None, *, caches: list[str], problems: int) -> options.Parser:
     """What every measurement on word problems asks for, with its own defaults."""
-    parser = Parser(
+    parser = options.Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -230,14 +229,14 @@ def make_parser(description: str | None, *, caches: list[str], problems: int) ->
     add = parser.add_argument
     add(
         "--models",
-        type=_names,
+        type=options.names,
         default=checkpoint.embedded(),
         metavar="NAME,...",
         help="embedded models, or directories [all embedded]",
     )
     add(
         "--caches",
-        type=_names,
+        type=options.names,
         default=caches,
         metavar="NAME,...",
         help=f"cache methods: all, or some of {', '.join(METHODS)} [{','.join(caches)}]",
@@ -323,27 +322,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
-    return names
-
-
 def _others(text: str) -> list[Other]:
     others = []
-    for part in text.split(","):
-        which, colon, pairs = part.strip().partition(":")
+    for label, which, parameters in options.named_list(text):
         model, _, name = which.rpartition("/")
-        parameters = {}
-        for pair in pairs.split("+"):
-            key, equals, value = pair.partition("=")
-            if not (colon and name and key and equals):
-                raise argparse.ArgumentTypeError(f"{part!r} is not of the form NAME:K=V+K=V")
-            try:
-                parameters[key] = json.loads(value)
-            except json.JSONDecodeError:
-                parameters[key] = value
+        if not name or not parameters:
+            raise argparse.ArgumentTypeError(f"{label!r} is not of the form NAME:K=V+K=V")
         others.append(Other(model or None, name, parameters))
     return others
 

@@ -21,7 +21,6 @@ gain here is not what they gain on a trained model.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
@@ -44,7 +43,7 @@ from roofline import Ceilings, step_products
 from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint, compilation, models
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cli.options import Parser
+from dlm_jax.cli.options import Named, Parser, named_list
 from dlm_jax.decoding.arguments import prepare
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.files import write_json
@@ -62,30 +61,19 @@ H200 = Ceilings(flops=790e12, bytes=4.3e12)
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def parse_caches(text: str) -> dict[str, CacheMethod]:
-    """`name[:k=v+k=v],...` -> label -> method; `all` is every method, and `none` comes first."""
-    labels = ["none"]
-    for label in text.split(","):
-        labels += cache_lib.METHODS if label == "all" else [label]
-    return {label: _parse_cache(label) for label in labels}
+def make_caches(asked: Sequence[Named]) -> dict[str, CacheMethod]:
+    """Methods by label; `all` is every method with its defaults, and `none` comes first.
 
-
-def _parse_cache(label: str) -> CacheMethod:
-    name, _, pairs = label.partition(":")
-    fields = dataclasses.fields(cache_lib.METHODS[name]) if name in cache_lib.METHODS else ()
-    kinds = {field.name: type(field.default) for field in fields if field.default is not None}
-    arguments: dict[str, Any] = {}
-    for pair in filter(None, pairs.split("+")):
-        parameter, _, value = pair.partition("=")
-        kind = kinds.get(parameter, str)
-        try:
-            arguments[parameter] = kind(value)
-        except ValueError as error:
-            raise ValueError(
-                f"--caches holds {label!r}, where {parameter} is {value!r}; it must be of type "
-                f"{kind.__name__}."
-            ) from error
-    return cache_lib.make(name, **arguments)
+    Raises:
+      ValueError: there is no such method, or not with these arguments.
+    """
+    methods: dict[str, CacheMethod] = {"none": cache_lib.make("none")}
+    for label, name, arguments in asked:
+        if label == "all":
+            methods |= {name: cache_lib.make(name) for name in cache_lib.METHODS}
+        else:
+            methods[label] = cache_lib.make(name, **arguments)
+    return methods
 
 
 def open_config(preset: str) -> tuple[Config, Path | None]:
@@ -124,7 +112,7 @@ def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple
     Raises:
       ValueError: settings that do not fit each other.
     """
-    methods, plans = parse_caches(args.caches), []
+    methods, plans = make_caches(args.caches), []
     for prompt, gen in itertools.product(args.prompt_length, args.gen_length):
         decode, cases = make_decode(gen, args.block_length, args.tokens_per_step), []
         prompt_1P = random_prompts(config, 1, prompt, args.seed)
@@ -297,7 +285,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gen-length", **some, default=[256], metavar="G", help="tokens to generate [256]")
     add("--block-length", type=positive, default=32, metavar="N", help="tokens per block [32]")
     add("--tokens-per-step", type=positive, default=1, metavar="N", help="tokens per step [1]")
-    add("--caches", default="all", metavar="LIST", help="name[:k=v+k=v],... or all [all]")
+    add(
+        "--caches",
+        type=named_list,
+        default="all",
+        metavar="NAME[:K=V+K=V],...",
+        help="cache methods with arguments of their own, or all [all]",
+    )
     add("--repeat", type=positive, default=3, metavar="N", help="rounds [3]")
     add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts [0]")
     add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")

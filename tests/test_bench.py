@@ -35,14 +35,22 @@ def small_preset(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "small", small_config(num_layers=1))
 
 
+def caches(text: str) -> dict[str, cache_lib.CacheMethod]:
+    return bench.make_caches(bench.parse(["--caches", text]).caches)
+
+
 def test_caches_by_name():
-    methods = bench.parse_caches("dual,dllm:kp=9+rou=0.5,dual")
-    assert methods == {
+    assert caches("dual,dllm:kp=9+rou=0.5") == {
         "none": cache_lib.NoCache(),
         "dual": cache_lib.Dual(),
         "dllm:kp=9+rou=0.5": cache_lib.DLLMCache(kp=9, rou=0.5),
     }
-    assert list(bench.parse_caches("all")) == list(cache_lib.METHODS)
+    assert list(caches("all")) == list(cache_lib.METHODS)
+    assert list(caches("dllm:kp=9,all,none")) == [
+        "none",
+        "dllm:kp=9",
+        *[name for name in cache_lib.METHODS if name != "none"],
+    ]
 
 
 def test_prompts_hold_no_mask():
@@ -337,9 +345,9 @@ def test_a_run_that_exhausts_the_memory(monkeypatch, capsys):
         (["--preset", "llada-9b"], "bench-60m"),
         (["--caches", "dual,best"], "must be one of none"),
         (["--caches", "dual:size=3"], "no argument 'size'"),
-        (["--caches", "dllm:kp=x"], "kp is 'x'; it must be of type int"),
+        (["--caches", "dual,dual"], "not a list of different names"),
         (["--caches", "dllm:kp=0"], "kp is 0"),
-        (["--caches", "dllm:kp"], "type int"),
+        (["--caches", "dllm:kp"], "'kp' is not of the form name=value"),
         (["--caches", "prefix:block_start=first-column"], "leave block_start out"),
         (["--block-length", "3"], "must divide gen_length, 8"),
         (["--tokens-per-step", "3"], "must divide --block-length, 4"),
