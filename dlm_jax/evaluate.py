@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm_jax import compilation
+from dlm_jax import compilation, files
 from dlm_jax.cli import options
 
 PROGRAM = "dlm-jax-evaluate"
@@ -187,8 +187,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-fewshot is {args.num_fewshot}; it must be 0 or more.")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"{args.output} is no folder; --output must name one, or a new one.")
+    if args.output is not None:
+        files.check_folder(args.output, "--output")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"{args.include_path} is no folder; --include-path must name one.")
     for module in ("lm_eval", "matplotlib"):

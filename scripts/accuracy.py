@@ -39,7 +39,7 @@ from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli import options
 from dlm_jax.engine import check_rows
-from dlm_jax.files import write_json
+from dlm_jax.files import check_target, write_json
 
 SUREST = "low_confidence"
 BLOCK_LENGTH = 16
@@ -284,11 +284,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--cache-args has parameters for {other.model!r}, which is not among --models."
             )
-    # The file is replaced when it is complete, which must not befall /dev/stdout.
-    if args.json is not None and (
-        args.json.is_symlink() or (args.json.exists() and not args.json.is_file())
-    ):
-        raise ValueError(f"{args.json} is no regular file; --json must name one, or a new file.")
+    if args.json is not None:
+        check_target(args.json, "--json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

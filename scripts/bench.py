@@ -41,12 +41,11 @@ from bench_run import Inputs, dry_run, measure, note, profile
 from roofline import Ceilings, step_products
 
 from dlm_jax import cache as cache_lib
-from dlm_jax import checkpoint, compilation, models
+from dlm_jax import checkpoint, compilation, files, models
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cli.options import Named, Parser, named_list
+from dlm_jax.cli.options import Named, Parser, check_picture, named_list
 from dlm_jax.decoding.arguments import prepare
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.files import write_json
 from dlm_jax.models import Config, Transformer
 from dlm_jax.typing import Params
 
@@ -199,12 +198,13 @@ def bench(args: argparse.Namespace, command: str) -> None:
             for row in done:
                 rows.append(row | {"prompt_length": prompt, "dtype": dtype.name} | same)
                 if args.json is not None:  # after every row: the whole may take long
-                    write_json(args.json, document)
+                    files.write_json(args.json, document)
     print(bench_report.table(rows, COUNTED if args.dry_run else MEASURED))
     if args.plot is not None:
         title = f"{args.preset}, {dtype.name}, on {document['device']}"
         bench_report.draw(rows, title, args.plot)
     if args.profile is not None:
+        args.profile.mkdir(parents=True, exist_ok=True)
         profile(cases[-1], inputs, args.profile)
 
 
@@ -231,23 +231,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses targets that cannot be written, or not by this run."""
     if args.dry_run and (args.plot or args.profile):
         raise ValueError("--dry-run measures nothing; leave --plot and --profile out.")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise ValueError(f"--plot is {args.plot}; it must name a PNG file.")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is None:
-            continue
-        usable = path.is_file() or not (path.exists() or path.is_symlink())
-        if not (usable and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-            raise ValueError(f"{option} is {path}; it must be a file in a writable directory.")
+    if args.json is not None:
+        files.check_target(args.json, "--json")
     if args.plot is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
+        check_picture(args.plot, "--plot")
     if args.profile is not None:
-        args.profile.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.profile, os.W_OK | os.X_OK):
-            raise ValueError(f"--profile is {args.profile}; it must be a writable directory.")
+        files.check_folder(args.profile, "--profile")
 
 
 def _whole(text: str, least: int = 0) -> int:

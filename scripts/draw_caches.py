@@ -10,9 +10,8 @@ where these are made for sequences that are much longer than the picture (`_PARA
 
 import argparse
 import dataclasses
-import os
+import io
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import jax
 import numpy as np
 
 import dlm_jax
-from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, compilation, files, tokenizer
 from dlm_jax.cache import CacheMethod
+from dlm_jax.cli.options import check_matplotlib
 from dlm_jax.generate import QUESTION
 
 _PARAMETERS: dict[str, dict[str, Any]] = {
@@ -137,11 +137,9 @@ def draw(picture: Picture, path: Path) -> None:
     handles.append(Patch(color=decoded, label="decoded in this step"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        unfinished = Path(directory) / path.name
-        figure.savefig(unfinished, metadata={"Software": None})
-        os.replace(unfinished, path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    files.write(path, image.getvalue())
 
 
 def _label(share: float, layers: int, *, mixed: bool) -> str:
@@ -173,11 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation.use_cache(args.compile_cache)
     names = list(cache.METHODS) if args.caches == "all" else args.caches.split(",")
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("Drawing needs matplotlib: pip install '.[plot]'.", file=sys.stderr)
-        return 2
-    try:
+        check_matplotlib()
+        files.check_folder(args.out, "--out")
         loaded = dlm_jax.load(args.model)
         usual = DecodeConfig.for_model(
             loaded.config, gen_length=args.gen_length, block_length=args.block_length

@@ -231,6 +231,14 @@ def test_bad_input(tmp_path, capsys, prepare, options, message):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_a_destination_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "out"
+    assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", target) == 2
+    said = f"{target} cannot be written; the destination must name a writable folder."
+    assert capsys.readouterr().err == f"hf_to_orbax.py: {said}\n"
+
+
 def test_bad_input_as_a_command(tmp_path):
     result = command("--src", tmp_path / "nothing", "--dst", tmp_path / "out")
     assert result.returncode == 2

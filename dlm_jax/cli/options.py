@@ -6,14 +6,16 @@ to import.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dlm_jax import compilation
+from dlm_jax import compilation, files
 
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
@@ -152,6 +154,28 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--strategy-args are arguments of a strategy; choose it with --strategy.")
     if args.clip_alpha is not None and args.debias is None:
         raise ValueError("--clip-alpha bounds debiased confidences; it needs --debias.")
+
+
+def check_matplotlib() -> None:
+    """Refuses to draw without it.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.")
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Refuses a picture that could not be drawn or written in the end; see `files.check_target`.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    check_matplotlib()
+    if path.suffix != ".png":
+        raise ValueError(f"{option} is {path}; it must name a PNG file.")
+    files.check_target(path, option)
 
 
 def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: str) -> int:
