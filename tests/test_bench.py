@@ -14,9 +14,10 @@ import pytest
 import random_weights
 import trace_summary
 from bench_report import Case, Times
-from conftest import ROOT, prompts, small_config
+from counted_flops import BLOCK, DECODE, G, L, P, flops_by_hand
+from places import ROOT
 from roofline import Ceilings, Product
-from test_roofline import BLOCK, DECODE, G, L, P, flops_by_hand
+from tiny_models import prompts, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models

@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS, ROOT, small_config
 from make_synthetic_checkpoint import write_checkpoint
 from measure_convert_memory import convert_and_measure
+from places import CHECKPOINTS, ROOT
+from tiny_models import small_config
 
 from dlm_jax import checkpoint, models
 

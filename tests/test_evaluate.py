@@ -13,8 +13,8 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-from conftest import GOLDEN
 from lm_eval.tasks import TaskManager
+from places import GOLDEN
 
 from dlm_jax import checkpoint, engine, evaluate
 from dlm_jax.eval import evaluation, tasks

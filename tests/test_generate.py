@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
+from places import CHECKPOINTS
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE

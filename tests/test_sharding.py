@@ -14,8 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, ROOT, prompts, small, small_config
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from places import CHECKPOINTS, ROOT
+from tiny_models import prompts, small, small_config
 
 from dlm_jax import DecodeConfig, cache, checkpoint, models, sharding
 from dlm_jax.answers import Result
@@ -304,6 +305,8 @@ def test_eight_devices_widely(check):
 
 if __name__ == "__main__":
     import time
+
+    import conftest  # noqa: F401, how tests set JAX
 
     for check in sys.argv[1:]:
         name, *arguments = check.split(":", 1)

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tiny_models import small, small_config
 
 from dlm_jax import cache, models, queries, ranking
 from dlm_jax.decoding.config import DecodeConfig
