@@ -1,10 +1,11 @@
-"""What the value of an option can be: names, names with arguments, pairs."""
+"""Options: what a value can be (names, with arguments of their own), and which become decoding."""
 
 import argparse
 
 import pytest
 
-from dlm_jax.cli import options
+from dlm_jax import evaluate, generate
+from dlm_jax.cli import choices, options
 from dlm_jax.cli.options import Named
 
 
@@ -50,3 +51,30 @@ def test_what_is_no_list_of_names_is_refused(text, words):
     with pytest.raises(argparse.ArgumentTypeError) as error:
         options.named_list(text)
     assert words in str(error.value)
+
+
+# --- options that are arguments of the decoding ---------------------------------------------------
+
+EVERYWHERE = {
+    *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),
+    *("alg", "alg_temp", "sigma", "clip_alpha", "threshold", "factor", "gamma"),
+    *("temperature", "top_p", "top_k", "cfg_scale"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "only_here"), [(generate, {"max_forwards"}), (evaluate, set())]
+)
+def test_options_are_handed_on_by_their_names(command, only_here):
+    args = command.parse([])
+    assert set(choices.passed(args)) == EVERYWHERE | only_here
+    assert choices.overrides(args, None) == {}  # nothing was given
+    args = command.parse(["--steps=4", "--top-p=0.5", "--gen-length=8", "--stop-at-eos"])
+    assert choices.overrides(args, None) == dict(steps=4, top_p=0.5, stop_until_eos=True)
+
+
+def test_what_only_the_constructor_takes_is_handed_on_as_well(monkeypatch):
+    monkeypatch.setattr(choices, "DecodeConfig", lambda *, steps=None, dream=None: None)
+    args = generate.parse(["--steps=4"])
+    args.dream = "deep"
+    assert choices.overrides(args, None) == dict(steps=4, dream="deep")
