@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dlm_jax import checkpoint, models, tokenizer
+from dlm_jax import checkpoint, files, models, tokenizer
 from dlm_jax.checkpoint import Converted, Entry, Source
 
 # Largest piece of a stored array, so that a device that needs a shard reads little else.
@@ -60,6 +60,7 @@ def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after
         raise ValueError(
             f"{src} is already converted; give a directory in the Hugging Face layout."
         )
+    files.check_folder(dst, "the destination")
     source = Source.open(src)
     total = sum(source.size(path, dtype) for path in source.shapes)
     with _staging(dst) as work:

@@ -23,6 +23,7 @@ from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import Frame, diffusion_generate, diffusion_stream
+from dlm_jax.keys import row_keys
 from dlm_jax.models import Config
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Key, Params
 
@@ -49,7 +50,7 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConf
             )
         if config.mask_id in row and not decode.infill:
             raise PromptError(f"{which} holds the mask token, which only infilling replaces.")
-        if len(row) + decode.gen_length > config.max_length:
+        if len(row) > config.room(decode.gen_length):
             raise PromptError(
                 f"{which} has {len(row)} tokens, and {decode.gen_length} are to be generated, but "
                 f"the model's context ends at {config.max_length}; take a shorter prompt or a "
@@ -156,8 +157,8 @@ class Engine:
         """
         config = self.checkpoint.config
         check_rows(rows, config, self.decode)
-        limit = config.max_length - self.decode.gen_length
-        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=limit)
+        room = config.room(self.decode.gen_length)
+        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=room)
         if draw is not None:
             return self._stepwise(rows, ids_BP, mask_BP, key, draw)
 
@@ -180,7 +181,7 @@ class Engine:
         if self.mesh is None:
             return [(self._params[0], batch)]
         rows = len(batch.ids_BP)
-        batch = batch._replace(key=sharding.row_keys(batch.key, rows))
+        batch = batch._replace(key=row_keys(batch.key, rows))
         # Copies of the last row, until every part has as many.
         filled = np.minimum(np.arange(rows + -rows % self.mesh.shape[sharding.DATA]), rows - 1)
         shares = sharding.split_rows(jax.tree.map(lambda leaf: leaf[filled], batch), self._islands)
@@ -327,8 +328,7 @@ class Engine:
     def _until_end(self, ids: Sequence[int]) -> Sequence[int]:
         """The ids of an answer up to its end; a prompt may hold ends of text that were given."""
         given = len(ids) - self.decode.gen_length
-        eos_id = self.decode.eos_id
-        eos_id = self.checkpoint.config.eos_id if eos_id is None else eos_id
+        eos_id = self.decode.end_of_text(self.checkpoint.config)
         return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], eos_id)]
 
     def _result(

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm_jax import compilation
+from dlm_jax import compilation, files
 from dlm_jax.cli import options
 
 PROGRAM = "dlm-jax-evaluate"
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("tasks").add_argument
     add(
         "--tasks",
-        type=_names,
+        type=options.names,
         default=[TASK],
         metavar="NAME,...",
         help=f"tasks of this package or of lm-evaluation-harness [{TASK}]",
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_cache(add)
     add(
         "--compare",
-        type=options.contenders,
+        type=options.named_list,
         metavar="NAME,...",
         help="several caches on the same samples, as none,dual,d2cache:rollout_p=0.2+sigma=0",
     )
@@ -187,8 +187,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--num-fewshot is {args.num_fewshot}; it must be 0 or more.")
     if args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    if args.output is not None and args.output.exists() and not args.output.is_dir():
-        raise ValueError(f"{args.output} is no folder; --output must name one, or a new one.")
+    if args.output is not None:
+        files.check_folder(args.output, "--output")
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"{args.include_path} is no folder; --include-path must name one.")
     for module in ("lm_eval", "matplotlib"):
@@ -197,13 +197,6 @@ def check(args: argparse.Namespace) -> None:
                 f"{module} is not installed; evaluation needs the extra eval: pip install "
                 "'dlm-jax[eval]'."
             )
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
-    return names
 
 
 def _limit(text: str) -> int | float:

@@ -14,12 +14,11 @@ This module knows the options and the prompts they point to, and imports nothing
 import argparse
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dlm_jax import compilation
+from dlm_jax import compilation, files
 from dlm_jax.cli import options
 
 PROGRAM = "dlm-jax-generate"
@@ -151,7 +150,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--stop is empty; it must be the text at which to cut.")
     options.check(args)
     if args.history is not None:
-        _check_target(args.history)
+        files.check_target(args.history, "--history")
 
 
 def read_texts(args: argparse.Namespace) -> list[str]:
@@ -222,14 +221,6 @@ def _read_file(file: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
     return text.removesuffix("\n")
-
-
-def _check_target(path: Path) -> None:
-    # The file is replaced when it is complete, which must not befall /dev/stdout.
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is no regular file; --history must name one, or a new file.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{path} cannot be written; its directory must exist and be writable.")
 
 
 if __name__ == "__main__":

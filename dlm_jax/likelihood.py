@@ -19,8 +19,9 @@ from jax.core import Tracer
 from dlm_jax import models, queries
 from dlm_jax.decoding import guidance
 from dlm_jax.estimators import ESTIMATORS, LikelihoodDraws, plan
+from dlm_jax.keys import row_keys
 from dlm_jax.models.base import Config, Transformer, lay_out, readout, unembed
-from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Key, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,11 +153,7 @@ def log_likelihood(
             f"There are {batch} prompts and {rows} answers; there must be as many of one as of the "
             "other, and at least one."
         )
-    if prompt + answer > model.config.max_length:
-        raise ValueError(
-            f"Prompt and answer have {prompt} + {answer} tokens; the model's context ends at "
-            f"{model.config.max_length}."
-        )
+    model.config.check_length(prompt, answer)
     for name, side, mask in (("prompt", "left", prompt_valid), ("answer", "right", answer_valid)):
         if isinstance(mask, Tracer):
             continue
@@ -188,22 +185,17 @@ def log_likelihood(
             jnp.asarray(draws.masked, bool), jnp.asarray(draws.p_mask, jnp.float32)
         )
     if method.draw is None or draws is not None:
-        key = None
+        key_B = None
     elif key is None:
         raise ValueError(f"The estimator {config.estimator!r} draws masks; give it a key.")
     else:
-        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-        key = key if typed else jax.random.wrap_key_data(key)
-        if jnp.shape(key) not in ((), (batch,)):
-            raise ValueError(
-                f"key has shape {jnp.shape(key)}; it must be one key, or one per row, ({batch},)."
-            )
+        key_B = row_keys(key, batch)
     return _log_likelihood(
         params,
         jnp.asarray(prompt_ids, jnp.int32),
         jnp.asarray(answer_ids, jnp.int32),
         jnp.concatenate([jnp.asarray(prompt_valid), jnp.asarray(answer_valid)], axis=1),
-        key,
+        key_B,
         jnp.asarray(config.cfg_scale, jnp.float32) if config.guided else None,
         draws,
         model,
@@ -244,13 +236,13 @@ def _log_likelihood(
     prompt_BP: Int[Array, "B P"],
     answer_BA: Int[Array, "B A"],
     valid_BL: Bool[Array, "B L"],
-    key: Array | None,
+    key_B: Key[Array, " B"] | None,
     cfg_scale: Float[Array, ""] | None,
     draws: LikelihoodDraws | None,
     model: Transformer,
     config: LikelihoodConfig,
 ) -> Float[Array, " B"]:
-    (batch, prompt), answer = prompt_BP.shape, answer_BA.shape[1]
+    prompt, answer = prompt_BP.shape[1], answer_BA.shape[1]
     tokens_BL = jnp.concatenate([prompt_BP, answer_BA], axis=1)
     forwards = config.forwards(prompt, answer)
     plan_row = functools.partial(
@@ -261,8 +253,6 @@ def _log_likelihood(
         copies=config.batch_size,
         eps=config.eps,
     )
-    if key is not None and key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
     slots = lay_out(model.config, valid_BL)
     every = queries.every(slots)
 
@@ -282,7 +272,7 @@ def _log_likelihood(
 
     def forward(step: tuple[Array, LikelihoodDraws | None]) -> Float[Array, " B"]:
         index, draws = step
-        copies = jax.vmap(plan_row, (0, 0, 0, None), 1)(key, valid_BL, draws, index)
+        copies = jax.vmap(plan_row, (0, 0, 0, None), 1)(key_B, valid_BL, draws, index)
         masked_SBL, slot_SBW, weight_SBW = copies
         versions = [jnp.where(masked_SBL, model.config.mask_id, tokens_BL[None])]
         if cfg_scale is not None:

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax import models
 from dlm_jax.models import Config
-from dlm_jax.typing import Array, Key, Params, PyTree
+from dlm_jax.typing import Array, Params, PyTree
 
 DATA, MODEL = "data", "model"
 AXES = (DATA, MODEL)
@@ -175,23 +174,6 @@ def on_island(params: Params, island: Mesh) -> Params:
         )
 
     return jax.tree.map(view, params)
-
-
-def row_keys(key: Array, rows: int) -> Key[Array, " B"]:
-    """One key per row, as `diffusion_generate` makes them of one key.
-
-    Raises:
-      ValueError: there are keys, but not for so many rows.
-    """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape not in ((), (rows,)):
-        raise ValueError(
-            f"key has shape {key.shape}; it must be one key, or one per row, ({rows},)."
-        )
-    if key.ndim:
-        return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
 def split_rows(values: PyTree, parts: Sequence[Mesh]) -> list[PyTree]:

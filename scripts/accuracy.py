@@ -22,7 +22,6 @@ Standard output is a table in Markdown:
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -38,11 +37,11 @@ from dlm_jax import DecodeConfig, cache, checkpoint, compilation, diffusion_gene
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import METHODS, CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.cli.options import Parser
+from dlm_jax.cli import options
 from dlm_jax.engine import check_rows
-from dlm_jax.files import write_json
+from dlm_jax.files import check_target, write_json
 
-SUREST, RANDOM = "low_confidence", "random"
+SUREST = "low_confidence"
 BLOCK_LENGTH = 16
 
 
@@ -68,7 +67,7 @@ class Trial(NamedTuple):
     @property
     def label(self) -> str:
         """The method, and its parameters as far as they are set."""
-        order = " (random order)" if self.decode.alg == RANDOM and self.cache == NoCache() else ""
+        order = " (random order)" if self.decode.measure.drawn and self.cache == NoCache() else ""
         parameters = dataclasses.asdict(self.cache).items()
         shown = [f"{name}={value}" for name, value in parameters if value is not None]
         return " ".join([self.cache.name + order, *shown])
@@ -136,12 +135,8 @@ def plan(args: argparse.Namespace, model: str, opened: Checkpoint) -> list[Trial
     for name in args.caches:
         others = (o.parameters for o in args.cache_args if o.concerns(model, name))
         for method in (cache.make(name, **parameters) for parameters in ({}, *others)):
-            decode = surest
-            try:
-                method.check(opened.config, decode)
-            except ValueError:
-                decode = dataclasses.replace(surest, alg=RANDOM)
-                method.check(opened.config, decode)
+            decode = surest.for_cache(method)
+            method.check(opened.config, decode)
             for trial in (Trial(model, decode, NoCache()), Trial(model, decode, method)):
                 if trial not in trials:
                     trials.append(trial)
@@ -223,9 +218,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_parser(description: str | None, *, caches: list[str], problems: int) -> Parser:
+def make_parser(description: str | None, *, caches: list[str], problems: int) -> options.Parser:
     """What every measurement on word problems asks for, with its own defaults."""
-    parser = Parser(
+    parser = options.Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -234,14 +229,14 @@ def make_parser(description: str | None, *, caches: list[str], problems: int) ->
     add = parser.add_argument
     add(
         "--models",
-        type=_names,
+        type=options.names,
         default=checkpoint.embedded(),
         metavar="NAME,...",
         help="embedded models, or directories [all embedded]",
     )
     add(
         "--caches",
-        type=_names,
+        type=options.names,
         default=caches,
         metavar="NAME,...",
         help=f"cache methods: all, or some of {', '.join(METHODS)} [{','.join(caches)}]",
@@ -289,11 +284,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"--cache-args has parameters for {other.model!r}, which is not among --models."
             )
-    # The file is replaced when it is complete, which must not befall /dev/stdout.
-    if args.json is not None and (
-        args.json.is_symlink() or (args.json.exists() and not args.json.is_file())
-    ):
-        raise ValueError(f"{args.json} is no regular file; --json must name one, or a new file.")
+    if args.json is not None:
+        check_target(args.json, "--json")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -327,27 +319,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
-    return names
-
-
 def _others(text: str) -> list[Other]:
     others = []
-    for part in text.split(","):
-        which, colon, pairs = part.strip().partition(":")
+    for label, which, parameters in options.named_list(text):
         model, _, name = which.rpartition("/")
-        parameters = {}
-        for pair in pairs.split("+"):
-            key, equals, value = pair.partition("=")
-            if not (colon and name and key and equals):
-                raise argparse.ArgumentTypeError(f"{part!r} is not of the form NAME:K=V+K=V")
-            try:
-                parameters[key] = json.loads(value)
-            except json.JSONDecodeError:
-                parameters[key] = value
+        if not name or not parameters:
+            raise argparse.ArgumentTypeError(f"{label!r} is not of the form NAME:K=V+K=V")
         others.append(Other(model or None, name, parameters))
     return others
 

@@ -21,7 +21,6 @@ gain here is not what they gain on a trained model.
 """
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import math
@@ -42,12 +41,11 @@ from bench_run import Inputs, dry_run, measure, note, profile
 from roofline import Ceilings, step_products
 
 from dlm_jax import cache as cache_lib
-from dlm_jax import checkpoint, compilation, models
+from dlm_jax import checkpoint, compilation, files, models
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cli.options import Parser
+from dlm_jax.cli.options import Named, Parser, check_picture, named_list
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.start import start
-from dlm_jax.files import write_json
 from dlm_jax.models import Config, Transformer
 from dlm_jax.typing import Params
 
@@ -62,30 +60,19 @@ H200 = Ceilings(flops=790e12, bytes=4.3e12)
 # --- what is measured -----------------------------------------------------------------------------
 
 
-def parse_caches(text: str) -> dict[str, CacheMethod]:
-    """`name[:k=v+k=v],...` -> label -> method; `all` is every method, and `none` comes first."""
-    labels = ["none"]
-    for label in text.split(","):
-        labels += cache_lib.METHODS if label == "all" else [label]
-    return {label: _parse_cache(label) for label in labels}
+def make_caches(asked: Sequence[Named]) -> dict[str, CacheMethod]:
+    """Methods by label; `all` is every method with its defaults, and `none` comes first.
 
-
-def _parse_cache(label: str) -> CacheMethod:
-    name, _, pairs = label.partition(":")
-    fields = dataclasses.fields(cache_lib.METHODS[name]) if name in cache_lib.METHODS else ()
-    kinds = {field.name: type(field.default) for field in fields if field.default is not None}
-    arguments: dict[str, Any] = {}
-    for pair in filter(None, pairs.split("+")):
-        parameter, _, value = pair.partition("=")
-        kind = kinds.get(parameter, str)
-        try:
-            arguments[parameter] = kind(value)
-        except ValueError as error:
-            raise ValueError(
-                f"--caches holds {label!r}, where {parameter} is {value!r}; it must be of type "
-                f"{kind.__name__}."
-            ) from error
-    return cache_lib.make(name, **arguments)
+    Raises:
+      ValueError: there is no such method, or not with these arguments.
+    """
+    methods: dict[str, CacheMethod] = {"none": cache_lib.make("none")}
+    for label, name, arguments in asked:
+        if label == "all":
+            methods |= {name: cache_lib.make(name) for name in cache_lib.METHODS}
+        else:
+            methods[label] = cache_lib.make(name, **arguments)
+    return methods
 
 
 def open_config(preset: str) -> tuple[Config, Path | None]:
@@ -112,19 +99,6 @@ def make_decode(gen: int, block: int, per_step: int) -> DecodeConfig:
     return DecodeConfig(gen_length=gen, block_length=block, steps=gen // per_step)
 
 
-def suited(method: CacheMethod, config: Config, decode: DecodeConfig) -> DecodeConfig:
-    """The decoding, with a random order if the method refuses one that depends on confidence.
-
-    Drawing the order costs next to nothing, so one baseline serves both.
-    """
-    try:
-        method.check(config, decode)
-    except ValueError:
-        decode = dataclasses.replace(decode, alg="random")
-        method.check(config, decode)
-    return decode
-
-
 def random_prompts(config: Config, batch: int, length: int, seed: int) -> np.ndarray:
     """Token ids [B, P], none of them the mask."""
     ids_BP = np.random.default_rng(seed).integers(0, config.vocab_size - 1, (batch, length))
@@ -137,12 +111,13 @@ def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple
     Raises:
       ValueError: settings that do not fit each other.
     """
-    methods, plans = parse_caches(args.caches), []
+    methods, plans = make_caches(args.caches), []
     for prompt, gen in itertools.product(args.prompt_length, args.gen_length):
         decode, cases = make_decode(gen, args.block_length, args.tokens_per_step), []
         prompt_1P = random_prompts(config, 1, prompt, args.seed)
         for label, method in methods.items():
-            own = suited(method, config, decode)
+            # Drawing an order costs next to nothing, so one baseline serves both.
+            own = decode.for_cache(method)
             check = functools.partial(
                 start,
                 model=Transformer(config),
@@ -231,12 +206,13 @@ def bench(args: argparse.Namespace, command: str) -> None:
             for row in done:
                 rows.append(row | {"prompt_length": prompt, "dtype": dtype.name} | same)
                 if args.json is not None:  # after every row: the whole may take long
-                    write_json(args.json, document)
+                    files.write_json(args.json, document)
     print(bench_report.table(rows, COUNTED if args.dry_run else MEASURED))
     if args.plot is not None:
         title = f"{args.preset}, {dtype.name}, on {document['device']}"
         bench_report.draw(rows, title, args.plot)
     if args.profile is not None:
+        args.profile.mkdir(parents=True, exist_ok=True)
         profile(cases[-1], inputs, args.profile)
 
 
@@ -263,23 +239,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses targets that cannot be written, or not by this run."""
     if args.dry_run and (args.plot or args.profile):
         raise ValueError("--dry-run measures nothing; leave --plot and --profile out.")
-    if args.plot is not None and args.plot.suffix != ".png":
-        raise ValueError(f"--plot is {args.plot}; it must name a PNG file.")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path is None:
-            continue
-        usable = path.is_file() or not (path.exists() or path.is_symlink())
-        if not (usable and path.parent.is_dir() and os.access(path.parent, os.W_OK | os.X_OK)):
-            raise ValueError(f"{option} is {path}; it must be a file in a writable directory.")
+    if args.json is not None:
+        files.check_target(args.json, "--json")
     if args.plot is not None:
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as error:
-            raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
+        check_picture(args.plot, "--plot")
     if args.profile is not None:
-        args.profile.mkdir(parents=True, exist_ok=True)
-        if not os.access(args.profile, os.W_OK | os.X_OK):
-            raise ValueError(f"--profile is {args.profile}; it must be a writable directory.")
+        files.check_folder(args.profile, "--profile")
 
 
 def _whole(text: str, least: int = 0) -> int:
@@ -317,7 +282,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gen-length", **some, default=[256], metavar="G", help="tokens to generate [256]")
     add("--block-length", type=positive, default=32, metavar="N", help="tokens per block [32]")
     add("--tokens-per-step", type=positive, default=1, metavar="N", help="tokens per step [1]")
-    add("--caches", default="all", metavar="LIST", help="name[:k=v+k=v],... or all [all]")
+    add(
+        "--caches",
+        type=named_list,
+        default="all",
+        metavar="NAME[:K=V+K=V],...",
+        help="cache methods with arguments of their own, or all [all]",
+    )
     add("--repeat", type=positive, default=3, metavar="N", help="rounds [3]")
     add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts [0]")
     add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")

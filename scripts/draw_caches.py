@@ -10,9 +10,8 @@ where these are made for sequences that are much longer than the picture (`_PARA
 
 import argparse
 import dataclasses
-import os
+import io
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ import jax
 import numpy as np
 
 import dlm_jax
-from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
+from dlm_jax import DecodeConfig, cache, checkpoint, compilation, files, tokenizer
 from dlm_jax.cache import CacheMethod
+from dlm_jax.cli.options import check_matplotlib
 from dlm_jax.generate import QUESTION
 
 _PARAMETERS: dict[str, dict[str, Any]] = {
@@ -30,8 +30,6 @@ _PARAMETERS: dict[str, dict[str, Any]] = {
     "dllm": dict(kp=16, kr=4),
     "d2cache": dict(current_k=8),
 }
-_DECODE: dict[str, dict[str, Any]] = {"dkv-greedy": dict(alg="random")}
-"""What a method wants of the decoding; the rest is as the family does."""
 
 # Okabe and Ito's palette, which the colour-blind can tell apart.
 _REUSED, _COMPUTED, _DECODED = "#e9e9e9", "#0072b2", "#e69f00"
@@ -80,7 +78,7 @@ def trace(
     assert ((share_TL > 0) <= out.computed[: out.nfe, 0]).all()
     parameters = dataclasses.asdict(method)
     told = [f"{name}={_brief(value)}" for name, value in parameters.items() if value is not None]
-    if decode.alg == "random":
+    if decode.measure.drawn:
         told.append("random order")
     return Picture(
         title=f"{method.name}: {', '.join(told)}" if told else method.name,
@@ -139,11 +137,9 @@ def draw(picture: Picture, path: Path) -> None:
     handles.append(Patch(color=decoded, label="decoded in this step"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        unfinished = Path(directory) / path.name
-        figure.savefig(unfinished, metadata={"Software": None})
-        os.replace(unfinished, path)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    files.write(path, image.getvalue())
 
 
 def _label(share: float, layers: int, *, mixed: bool) -> str:
@@ -175,27 +171,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation.use_cache(args.compile_cache)
     names = list(cache.METHODS) if args.caches == "all" else args.caches.split(",")
     try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print("Drawing needs matplotlib: pip install '.[plot]'.", file=sys.stderr)
-        return 2
-    try:
+        check_matplotlib()
+        files.check_folder(args.out, "--out")
         loaded = dlm_jax.load(args.model)
-        jobs = [
-            (
-                cache.make(name, **_PARAMETERS.get(name, {})),
-                DecodeConfig.for_model(
-                    loaded.config,
-                    gen_length=args.gen_length,
-                    block_length=args.block_length,
-                    **_DECODE.get(name, {}),
-                ),
-            )
-            for name in names
-        ]
-        for method, decode in jobs:
+        usual = DecodeConfig.for_model(
+            loaded.config, gen_length=args.gen_length, block_length=args.block_length
+        )
+        methods = [cache.make(name, **_PARAMETERS.get(name, {})) for name in names]
+        for method in methods:
             path = args.out / f"{method.name}.png"
-            draw(trace(loaded, method, args.prompt, decode), path)
+            draw(trace(loaded, method, args.prompt, usual.for_cache(method)), path)
             print(path, flush=True)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -36,6 +36,7 @@ from dlm_jax import DecodeConfig, cache, checkpoint, compilation, tokenizer
 from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
+from dlm_jax.cli.options import check_picture
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write, write_json
 
@@ -309,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check(args)
         if args.plot is not None:
-            _check_plot(args.plot)
+            check_picture(args.plot, "--plot")
         drawn = list(itertools.islice(problems(args.seed, "heldout"), args.problems))
         opened = {name: checkpoint.load(name) for name in args.models}
         trials = {name: plan(args, opened[name]) for name in args.models}
@@ -338,18 +339,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sweep_decoding: {sentence}", file=sys.stderr)
         return 2
     return 0
-
-
-def _check_plot(path: Path) -> None:
-    """Refuses a picture that could not be written in the end."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.") from error
-    if path.suffix != ".png":
-        raise ValueError(f"--plot is {path}; it must name a PNG file.")
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ValueError(f"{path} is no regular file; --plot must name one, or a new file.")
 
 
 if __name__ == "__main__":

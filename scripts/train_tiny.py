@@ -49,7 +49,7 @@ from tokenizers import Tokenizer
 
 from dlm_jax import Config, DecodeConfig, Transformer, compilation, diffusion_generate, load
 from dlm_jax.arithmetic import Problem, extract_answer
-from dlm_jax.files import write, write_json
+from dlm_jax.files import check_folder, write, write_json
 from dlm_jax.models import config_to_hf, params_to_hf
 from dlm_jax.tokenizer import pad, until_eos
 from dlm_jax.typing import Array, Bool, Float, Int, Params
@@ -403,6 +403,8 @@ def main() -> int:
             return 0
         if args.work is None:
             raise ValueError("Training needs a directory for its state; give one with --work.")
+        check_folder(args.work, "--work")
+        check_folder(out, "--out")
         recipe = dataclasses.replace(RECIPES[args.family], seed=args.seed)
         if args.steps is not None:
             recipe = dataclasses.replace(recipe, steps=args.steps)

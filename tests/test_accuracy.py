@@ -74,7 +74,8 @@ def test_other_parameters_stand_beside_the_defaults():
         (["--caches", "dual", "--cache-args", "dllm:kp=5"], "not among --caches"),
         (["--block-length", "7"], "7"),
         (["--gen-length", "250", "--block-length", "0"], "context ends at 256"),
-        (["--json", "/dev/null"], "no regular file"),
+        (["--json", "/dev/null"], "no regular file; --json must name one"),
+        (["--json", "no/such/folder.json"], "--json must name a file in a writable directory"),
         (["--batch", "x"], "--batch"),
     ],
 )

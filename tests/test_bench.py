@@ -14,9 +14,10 @@ import pytest
 import random_weights
 import trace_summary
 from bench_report import Case, Times
-from conftest import ROOT, prompts, small_config
+from counted_flops import BLOCK, DECODE, G, L, P, flops_by_hand
+from places import ROOT
 from roofline import Ceilings, Product
-from test_roofline import BLOCK, DECODE, G, L, P, flops_by_hand
+from tiny_models import prompts, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
@@ -35,14 +36,22 @@ def small_preset(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "small", small_config(num_layers=1))
 
 
+def caches(text: str) -> dict[str, cache_lib.CacheMethod]:
+    return bench.make_caches(bench.parse(["--caches", text]).caches)
+
+
 def test_caches_by_name():
-    methods = bench.parse_caches("dual,dllm:kp=9+rou=0.5,dual")
-    assert methods == {
+    assert caches("dual,dllm:kp=9+rou=0.5") == {
         "none": cache_lib.NoCache(),
         "dual": cache_lib.Dual(),
         "dllm:kp=9+rou=0.5": cache_lib.DLLMCache(kp=9, rou=0.5),
     }
-    assert list(bench.parse_caches("all")) == list(cache_lib.METHODS)
+    assert list(caches("all")) == list(cache_lib.METHODS)
+    assert list(caches("dllm:kp=9,all,none")) == [
+        "none",
+        "dllm:kp=9",
+        *[name for name in cache_lib.METHODS if name != "none"],
+    ]
 
 
 def test_prompts_hold_no_mask():
@@ -50,10 +59,16 @@ def test_prompts_hold_no_mask():
     assert set(np.unique(bench.random_prompts(config, 2, 50, seed=0))) == {0, 2, 3}
 
 
-def test_a_method_that_must_know_the_order():
-    config = small_config()
-    assert bench.suited(cache_lib.DKVGreedy(), config, DECODE).alg == "random"
-    assert bench.suited(cache_lib.Dual(), config, DECODE) == DECODE
+def test_a_method_that_must_know_the_order_is_measured_in_a_random_one():
+    args = bench.parse([*SMALL, "--caches", "dkv-greedy,dual"])
+    config = models.PRESETS["small"]
+    shapes = random_weights.shapes(config, jnp.dtype("float32"))
+    ((_, cases),) = bench.plan(args, config, shapes)
+    assert [(case.label, case.decode.alg) for case in cases] == [
+        ("none", "low_confidence"),
+        ("dkv-greedy", "random"),
+        ("dual", "low_confidence"),
+    ]
 
 
 def test_weights():
@@ -331,15 +346,16 @@ def test_a_run_that_exhausts_the_memory(monkeypatch, capsys):
         (["--preset", "llada-9b"], "bench-60m"),
         (["--caches", "dual,best"], "must be one of none"),
         (["--caches", "dual:size=3"], "no argument 'size'"),
-        (["--caches", "dllm:kp=x"], "kp is 'x'; it must be of type int"),
+        (["--caches", "dual,dual"], "not a list of different names"),
         (["--caches", "dllm:kp=0"], "kp is 0"),
-        (["--caches", "dllm:kp"], "type int"),
+        (["--caches", "dllm:kp"], "'kp' is not of the form name=value"),
         (["--caches", "prefix:block_start=first-column"], "leave block_start out"),
         (["--block-length", "3"], "must divide gen_length, 8"),
         (["--tokens-per-step", "3"], "must divide --block-length, 4"),
         (["--prompt-length", "60"], "context ends at 64"),
         (["--json", "no/such/directory.json"], "writable directory"),
-        (["--profile", __file__], "File exists"),
+        (["--json", "/dev/null"], "is no regular file; --json must"),
+        (["--profile", __file__], "is no folder; --profile must name one, or a new one"),
         (["--batch", "0"], "not a whole number from 1"),
         (["--seed", "-1"], "not a whole number from 0"),
         (["--plot", "bench.svg"], "must name a PNG file"),

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import compile_as_users_do, prompts, small, small_config
+from tiny_models import prompts, small, small_config
+from xla import compile_as_users_do
 
 from dlm_jax import cache as cache_lib
 from dlm_jax.cache.base import CacheMethod, Variant

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import prompts, small, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import prompts, small, small_config
 
 from dlm_jax import cache, queries, ranking
 from dlm_jax.cache import d2cache, dkv

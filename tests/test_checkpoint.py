@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS, ROOT, small_config
 from make_synthetic_checkpoint import write_checkpoint
+from places import CHECKPOINTS, ROOT
+from tiny_models import small_config
 
 from dlm_jax import checkpoint, models, weight_files
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import CHECKPOINTS
+from places import CHECKPOINTS
 
 import dlm_jax
 from dlm_jax import DecodeConfig, cache, compilation, generate

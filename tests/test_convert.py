@@ -14,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import CHECKPOINTS, ROOT, small_config
 from make_synthetic_checkpoint import write_checkpoint
 from measure_convert_memory import convert_and_measure
+from places import CHECKPOINTS, ROOT
+from tiny_models import small_config
 
 from dlm_jax import checkpoint, models
 
@@ -229,6 +230,14 @@ def test_bad_input(tmp_path, capsys, prepare, options, message):
     assert message in captured.err
     assert captured.err.startswith("hf_to_orbax.py: ") and captured.err.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_destination_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "out"
+    assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", target) == 2
+    said = f"{target} cannot be written; the destination must name a writable folder."
+    assert capsys.readouterr().err == f"hf_to_orbax.py: {said}\n"
 
 
 def test_bad_input_as_a_command(tmp_path):

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, prompts, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import ROOT
+from tiny_models import prompts, small
 
 from dlm_jax.decoding import history
 from dlm_jax.decoding import loop as decode_lib
@@ -360,7 +361,8 @@ def test_frames_show_a_mask_until_the_commit():
 SHARDED = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from conftest import ROOT, prompts, small
+import conftest  # how tests set JAX
+from tiny_models import prompts, small
 from dlm_jax import DecodeConfig, diffusion_generate, models
 
 axes = dict(q=(None, "model"), k=(None, "model"), v=(None, "model"), o=("model",))

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS, ROOT
+from places import CHECKPOINTS, ROOT
 
 from dlm_jax import distributed
 

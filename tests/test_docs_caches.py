@@ -9,7 +9,8 @@ import shlex
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, prompts, small
+from places import ROOT
+from tiny_models import prompts, small
 
 from dlm_jax import arithmetic, cache, generate
 from dlm_jax.decoding.config import DecodeConfig

@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import io
 import re
 import shlex
 
 import jax
 import numpy as np
+import pages
 import pytest
-from conftest import GOLDEN, ROOT, small
+from places import GOLDEN, ROOT
+from tiny_models import small
 
 from dlm_jax import DecodeConfig, LikelihoodConfig, arithmetic, cache, generate, tokenizer
 from dlm_jax.decoding.arguments import prepare
@@ -25,24 +28,12 @@ PAGE = (DOCS / "decoding.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^(?!<!-- not run)[^\n]*\n```(\w+)\n(.*?)```", PAGE, re.S | re.M)
 TEXT = re.sub(r"```.*?```", "", PAGE, flags=re.S)
 COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
-
-
-def section(title: str) -> str:
-    """The text below a heading, up to the next one."""
-    (text,) = re.findall(rf"^#+ {title}\n(.*?)(?=^#|\Z)", PAGE, re.M | re.S)
-    return text
-
-
-def table(title: str, first: str) -> list[list[str]]:
-    """The lines of the table in a section whose head begins with `first`."""
-    head = rf"^\| {re.escape(first)} \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)"
-    (body,) = re.findall(head, section(title), re.M)
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in body.splitlines()]
+section = functools.partial(pages.section, PAGE)
+table = functools.partial(pages.table, PAGE)
 
 
 def names(cells: list[str]) -> list[str]:
-    """What stands between backquotes, in order."""
-    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return pages.names("\n".join(cells))
 
 
 def test_snippets_work_one_after_the_other():

@@ -11,9 +11,11 @@ import string
 from pathlib import Path
 
 import lm_eval.tasks
+import pages
 import pytest
-from conftest import ROOT
 from lm_eval.tasks import TaskManager
+from pages import names
+from places import ROOT
 
 from dlm_jax import checkpoint, evaluate, generate, models, sharding
 from dlm_jax.cache import METHODS, CacheMethod
@@ -31,6 +33,8 @@ BLOCK = re.compile(
     re.S,
 )
 BLOCKS = [match.groupdict() for match in BLOCK.finditer(PAGE)]
+section = functools.partial(pages.section, PAGE)
+table = functools.partial(pages.table, PAGE)
 TEXT = BLOCK.sub("", PAGE)
 PROGRAM = "python -m dlm_jax.evaluate "
 GROUPS = {
@@ -67,27 +71,6 @@ def all_commands(page: str = PAGE, *, run: bool | None = None) -> list[str]:
         if run is None or run == (block["mark"] is None)
         for command in commands(block["text"])
     ]
-
-
-def section(title: str) -> str:
-    """The text below a heading, up to the next one of its level or above."""
-    (level, start), *_ = [
-        (len(match[1]), match.end()) for match in re.finditer(rf"^(#+) {title}\n", PAGE, re.M)
-    ]
-    return re.split(rf"^#{{2,{level}}} ", PAGE[start:], maxsplit=1, flags=re.M)[0]
-
-
-def table(title: str, first: str) -> list[list[str]]:
-    """The lines of the table in a section whose head begins with `first`."""
-    head = rf"^\| {re.escape(first)} \|[^\n]*\n\|[-|]+\n((?:\|[^\n]*\n)+)"
-    (body,) = re.findall(head, section(title), re.M)
-    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in body.splitlines()]
-    return [[cell.strip() for cell in cells] for cells in lines]
-
-
-def names(text: str) -> list[str]:
-    """What stands between backquotes, in order."""
-    return re.findall(r"`([^`]+)`", text)
 
 
 @functools.cache

@@ -1,14 +1,11 @@
-"""The figures of an evaluation by hand, its table and picture, and what --compare is made of."""
+"""The figures of an evaluation by hand, its table and picture."""
 
-import argparse
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlm_jax.cli import options
-from dlm_jax.cli.options import Contender
 from dlm_jax.eval import report
 
 
@@ -332,49 +329,3 @@ def test_a_plot_is_a_picture(tmp_path):
     assert json.dumps(rows) == before
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert (width, height) == (1140, 1260)  # two tasks, 7.6 x 4.2 inches each, 150 dots per inch
-
-
-# --- options.contenders ---------------------------------------------------------------------------
-
-
-def test_contenders_are_caches_with_settings_of_their_own():
-    text = "none, dual ,d2cache:rollout_p=0.2+sigma=0,none:threshold=0.9+alg=maskgit_plus"
-    assert options.contenders(text) == [
-        Contender("none", "none", {}),
-        Contender("dual", "dual", {}),
-        Contender("d2cache:rollout_p=0.2+sigma=0", "d2cache", dict(rollout_p=0.2, sigma=0)),
-        Contender(
-            "none:threshold=0.9+alg=maskgit_plus",
-            "none",
-            dict(threshold=0.9, alg="maskgit_plus"),
-        ),
-    ]
-    settings = options.contenders("dllm:kp=5+sigma=null+stop_until_eos=true+suppress=[1]")[
-        0
-    ].settings
-    assert settings == dict(kp=5, sigma=None, stop_until_eos=True, suppress=[1])
-    assert type(settings["kp"]) is int
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "'' is no list of caches, as none,dual,d2cache:rollout_p=0.2+sigma=0"),
-        ("none,,dual", "'none,,dual' is no list of caches"),
-        ("none,", "'none,' is no list of caches"),
-        (":kp=5", "':kp=5' is no list of caches"),
-        ("dllm:", "'dllm:' is no list of caches"),
-        ("dual,none,dual", "'dual,none,dual' holds 'dual' twice"),
-        ("dllm:kp", "'kp' is not of the form name=value"),
-        ("dllm:kp=5+=3", "'=3' is not of the form name=value"),
-    ],
-)
-def test_what_is_no_list_of_contenders_is_refused(text, words):
-    with pytest.raises(argparse.ArgumentTypeError) as error:
-        options.contenders(text)
-    assert words in str(error.value)
-
-
-def test_one_cache_may_occur_with_different_settings():
-    labels = [contender.label for contender in options.contenders("dllm:kp=5,dllm:kp=6,dllm")]
-    assert labels == ["dllm:kp=5", "dllm:kp=6", "dllm"]

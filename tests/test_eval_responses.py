@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import CHECKPOINTS
 
 from dlm_jax import checkpoint, distributed
 from dlm_jax.eval.batches import Request, complete

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-from conftest import GOLDEN
 from lm_eval.tasks import TaskManager
+from places import GOLDEN
 
 from dlm_jax import checkpoint, engine, evaluate
 from dlm_jax.eval import evaluation, tasks
@@ -462,7 +462,9 @@ def test_the_output_must_be_a_folder_that_no_other_run_uses(tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert evaluate.main([f"--output={file}"]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is no folder; --output must name one" in capsys.readouterr().err
+    assert evaluate.main([f"--output={file / 'below'}"]) == 2
+    assert "cannot be written; --output must name a writable" in capsys.readouterr().err
 
 
 def test_what_is_missing_is_named(monkeypatch, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS
+from places import CHECKPOINTS
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -230,7 +230,8 @@ def test_klass_and_debias_reach_the_decoding(model, capsys, tmp_path):
 def test_every_option_of_decoding_is_a_field(model):
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     allowed = {name for names in choices.STRATEGY_ARGS.values() for name in names}
-    assert {*choices.PASSED, *allowed} <= fields and not allowed & set(choices.PASSED)
+    passed = choices.passed(generate.parse([]))
+    assert {*passed, *allowed} <= fields and not allowed & set(passed)
 
 
 def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import replay
-from conftest import CHECKPOINTS, GOLDEN, read_case, tiny
+from places import CHECKPOINTS, GOLDEN, read_case
+from tiny_models import tiny
 
 from dlm_jax import models, queries
 from dlm_jax.cache.base import KV, kv_layer

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import replay
-from conftest import CHECKPOINTS, prompts, read_case, small
+from places import CHECKPOINTS, read_case
+from tiny_models import prompts, small
 
 import dlm_jax
 from dlm_jax import estimators

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import compile_as_users_do
+from xla import compile_as_users_do
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models

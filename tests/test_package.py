@@ -6,7 +6,7 @@ import sys
 import tomllib
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 import dlm_jax
 from dlm_jax import checkpoint

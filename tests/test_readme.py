@@ -7,7 +7,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from places import ROOT
 
 from dlm_jax import arithmetic, generate
 from dlm_jax.cli import live

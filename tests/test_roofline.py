@@ -9,17 +9,14 @@ import numpy as np
 import pytest
 import random_weights
 import roofline
-from conftest import prompts, small_config
+from counted_flops import BLOCK, DECODE, G, L, P, flops_by_hand
 from roofline import Ceilings, Product
+from tiny_models import prompts, small_config
 
 from dlm_jax import cache as cache_lib
 from dlm_jax import models
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import Transformer
-
-P, G, BLOCK = 6, 8, 4
-L = P + G
-DECODE = DecodeConfig(gen_length=G, block_length=BLOCK, steps=G)
 
 
 def step_products(method, config, dtype=jnp.float32):
@@ -29,19 +26,6 @@ def step_products(method, config, dtype=jnp.float32):
 
 def step_flops(method, config):
     return [roofline.total_flops(products) for products in step_products(method, config)]
-
-
-def flops_by_hand(config, size, *, read):
-    """Matrix products of `size` queries that attend to all slots, and of `read` rows of logits."""
-    c = config
-    attended = L * c.num_heads * c.head_dim
-    per_query = (
-        2 * c.width * c.num_heads * c.head_dim  # query and output projections
-        + 2 * c.width * c.num_kv_heads * c.head_dim  # key and value projections
-        + 2 * attended  # scores and sums of values
-        + 3 * c.width * c.mlp_width
-    )
-    return 2 * (size * c.num_layers * per_query + read * c.width * c.vocab_size)
 
 
 def test_products_in_loops_and_branches():

@@ -14,13 +14,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import CHECKPOINTS, ROOT, prompts, small, small_config
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from places import CHECKPOINTS, ROOT
+from tiny_models import prompts, small, small_config
 
 from dlm_jax import DecodeConfig, cache, checkpoint, models, sharding
 from dlm_jax.answers import Result
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.engine import Engine
+from dlm_jax.keys import row_keys
 from dlm_jax.models import Transformer
 
 KEY = jax.random.key(7)
@@ -79,7 +81,7 @@ def test_a_mesh_of_one_device_is_nothing_new():
     answers = plain.run(rows, KEY).answers
     assert all(answer.forwards == 2 for answer in answers)
     assert meshed.run(rows, KEY).answers == answers
-    keys = sharding.row_keys(jax.random.key_data(KEY), 2)
+    keys = row_keys(jax.random.key_data(KEY), 2)
     assert meshed.run(rows, keys).answers == plain.run(rows, keys).answers == answers
     with pytest.raises(ValueError, match=r"one per row, \(2,\)"):
         meshed.run(rows, jax.random.split(KEY, 3))
@@ -177,7 +179,7 @@ def check_lockstep() -> None:
     texts = programs(engine)
     assert len(texts) == 4 and all("replica_groups" in text for text in texts)
     alone = Engine(opened, engine.decode, cache.make("dual"))
-    keys = sharding.row_keys(KEY, 5)
+    keys = row_keys(KEY, 5)
     rows = some_rows(5)
     parts = [alone.run([rows[i], rows[j]], keys[np.array([i, j])]) for i, j in [(0, 1), (2, 3)]]
     assert many.answers[:4] == [answer for part in parts for answer in part.answers]
@@ -303,6 +305,8 @@ def test_eight_devices_widely(check):
 
 if __name__ == "__main__":
     import time
+
+    import conftest  # noqa: F401, how tests set JAX
 
     for check in sys.argv[1:]:
         name, *arguments = check.split(":", 1)

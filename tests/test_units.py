@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import small, small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tiny_models import small, small_config
 
-from dlm_jax import models, queries, ranking
+from dlm_jax import cache, models, queries, ranking
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
@@ -171,6 +171,28 @@ class TestDecodeConfig:
         rule = DecodeConfig(threshold=0.5, sigma=2.0).split()[0]
         assert rule == DecodeConfig(threshold=0.9, sigma=3.0).split()[0] and rule.parallel
 
+    def test_an_answer_ends_at_the_model_s_token_unless_another_one_is_given(self):
+        config = small_config(eos_id=38)
+        assert DecodeConfig().end_of_text(config) == 38
+        assert DecodeConfig(eos_id=0).end_of_text(config) == 0
+
+    def test_a_cache_that_must_know_the_order_gets_a_random_one(self):
+        greedy, dual = cache.make("dkv-greedy"), cache.make("dual")
+        config = DecodeConfig(gen_length=8, alg="entropy", temperature=0.5)
+        assert config.for_cache(greedy) == dataclasses.replace(config, alg="random")
+        drawn = config.for_cache(greedy)
+        assert drawn.for_cache(greedy) is drawn and config.for_cache(dual) is config
+        with pytest.raises(ValueError, match="With the cache 'dkv-greedy', .*, alg is 'random'"):
+            DecodeConfig(threshold=0.9).for_cache(greedy)
+
+    @pytest.mark.parametrize("method", cache.METHODS.values())
+    def test_what_a_cache_says_about_the_order_is_what_it_refuses(self, method):
+        model, config = small_config(), DecodeConfig(gen_length=8, block_length=4)
+        if method.needs_order:
+            with pytest.raises(ValueError, match="must know the next tokens"):
+                method().check(model, config)
+        method().check(model, config.for_cache(method()))
+
 
 class TestModelConfigs:
     LLADA, DREAM = llada.to_hf(small_config()), dream.to_hf(small_config("dream"))
@@ -236,3 +258,13 @@ class TestModelConfigs:
             small_config(num_kv_heads=3)
         with pytest.raises(ValueError, match="even number"):
             small_config(head_dim=3)
+
+    def test_a_context_has_room_for_a_prompt_and_an_answer(self):
+        config = small_config(max_length=64)
+        assert (config.room(0), config.room(60), config.room(70)) == (64, 4, -6)
+        for prompt, answer in ((4, 60), (0, 64), (64, 0)):
+            config.check_length(prompt, answer)
+        with pytest.raises(ValueError, match=r"have 5 \+ 60 tokens; the .* context ends at 64\."):
+            config.check_length(5, 60)
+        with pytest.raises(ValueError, match=r"have 0 \+ 65 tokens"):
+            config.check_length(0, 65)

@@ -1,6 +1,7 @@
 """From parsed options (`dlm_jax.cli.options`) to what a `DecodeConfig` is made of."""
 
 import argparse
+import inspect
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,8 @@ from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.models import Config
 
-PASSED = (
-    *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),
-    *("alg", "alg_temp", "sigma", "clip_alpha", "threshold", "factor", "gamma"),
-    *("temperature", "top_p", "top_k", "cfg_scale", "max_forwards"),
-)
-"""Options that are fields of `DecodeConfig`; not every command has all of them."""
+APART = ("gen_length", "infill", "suppress")
+"""Options named like arguments of `DecodeConfig` that need more than to be handed on."""
 STRATEGY_ARGS = {
     "klass": ("kl_threshold", "kl_history_length"),
     "wino": ("wide_in_thres", "narrow_out_thres"),
@@ -24,7 +21,7 @@ STRATEGY_ARGS = {
 
 
 def overrides(args: argparse.Namespace, tok: Any) -> dict[str, Any]:
-    """The fields of `DecodeConfig` that options decide, --gen-length apart; others are left out.
+    """The arguments of `DecodeConfig` that options decide, `APART` apart; others are left out.
 
     Raises:
       ValueError: an argument that the strategy does not have, or a token that is none.
@@ -33,10 +30,16 @@ def overrides(args: argparse.Namespace, tok: Any) -> dict[str, Any]:
         suppress = tuple(tokenizer.token_id(tok, text) for text in args.suppress)
     except ValueError as error:
         raise ValueError(f"--suppress: {error}") from error
-    chosen = {name: vars(args).get(name) for name in PASSED}
+    chosen = {name: getattr(args, name) for name in passed(args)}
     chosen |= dict(stop_until_eos=args.stop_at_eos or None, suppress=suppress or None)
     given = {name: value for name, value in chosen.items() if value is not None}
     return given | _strategy_args(args)
+
+
+def passed(args: argparse.Namespace) -> list[str]:
+    """The options that are arguments of `DecodeConfig` by the same name, `APART` apart."""
+    arguments = inspect.signature(DecodeConfig).parameters
+    return [name for name in arguments if name in args and name not in APART]
 
 
 def _strategy_args(args: argparse.Namespace) -> dict[str, int | float]:

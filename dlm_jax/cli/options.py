@@ -6,14 +6,16 @@ to import.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from dlm_jax import compilation
+from dlm_jax import compilation, files
 
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
@@ -154,6 +156,28 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--clip-alpha bounds debiased confidences; it needs --debias.")
 
 
+def check_matplotlib() -> None:
+    """Refuses to draw without it.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("Drawing needs matplotlib: pip install '.[plot]'.")
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Refuses a picture that could not be drawn or written in the end; see `files.check_target`.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    check_matplotlib()
+    if path.suffix != ".png":
+        raise ValueError(f"{option} is {path}; it must name a PNG file.")
+    files.check_target(path, option)
+
+
 def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: str) -> int:
     """Runs a command; returns its exit status.
 
@@ -198,18 +222,18 @@ def is_unicode(text: str) -> bool:
     return text.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-class Contender(NamedTuple):
-    """A cache method that is compared with others, and its settings.
+class Named(NamedTuple):
+    """Something that an option asks for by name, with arguments of its own.
 
     Attributes:
-      label: how it is called: what the user wrote.
-      cache: name of the method.
-      settings: parameters of the method and fields of `DecodeConfig`, by name.
+      label: what the user wrote, by which it can be told from others.
+      name: of a cache method, for instance.
+      arguments: by their names.
     """
 
     label: str
-    cache: str
-    settings: dict[str, Any]
+    name: str
+    arguments: dict[str, Any]
 
 
 # --- what an option's value can be ----------------------------------------------------------------
@@ -251,19 +275,25 @@ def pairs(text: str, comma: str = ",") -> dict[str, Any]:
     return found
 
 
-def contenders(text: str) -> list[Contender]:
-    """`none,dual,d2cache:rollout_p=0.2+sigma=0`: cache methods with settings of their own."""
-    found = []
-    for word in text.split(","):
-        label = word.strip()
-        cache, colon, settings = label.partition(":")
-        if not cache or (colon and not settings):
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is no list of caches, as none,dual,d2cache:rollout_p=0.2+sigma=0"
-            )
-        if label in (other.label for other in found):
-            raise argparse.ArgumentTypeError(f"{text!r} holds {label!r} twice")
-        found.append(Contender(label, cache, pairs(settings, "+")))
+def named(text: str) -> Named:
+    """`NAME` or `NAME:K=V+K=V`, since a comma ends it where several are listed."""
+    label = text.strip()
+    name, colon, arguments = label.partition(":")
+    if not name.strip() or (colon and not arguments.strip()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME or NAME:K=V+K=V")
+    return Named(label, name.strip(), pairs(arguments, "+"))
+
+
+def named_list(text: str) -> list[Named]:
+    """`none,dual,d2cache:rollout_p=0.2+sigma=0`: a name may occur with different arguments."""
+    return list(map(named, names(text)))
+
+
+def names(text: str) -> list[str]:
+    """Different texts, separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different names")
     return found
 
 

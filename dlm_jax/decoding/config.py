@@ -15,7 +15,7 @@ from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
 
 if TYPE_CHECKING:
-    from dlm_jax.cache.base import CacheMethod
+    import dlm_jax.cache.base
 
 
 @settings(kw_only=True)
@@ -156,7 +156,7 @@ class DecodeConfig:
             chosen["block_length"] = next(fitting, None) if gen_length > 0 else None
         return cls(**chosen)
 
-    def for_cache(self, method: "CacheMethod") -> "DecodeConfig":
+    def for_cache(self, method: "dlm_jax.cache.base.CacheMethod") -> "DecodeConfig":
         """This configuration, with a random order if the method must know it in advance.
 
         Raises:

@@ -124,22 +124,15 @@ class Recipe:
         if chosen.get("sigma") == 0:
             del chosen["sigma"]  # the framework's way to do without
         decode = DecodeConfig.for_model(self.config, **chosen)
-        if decode.gen_length >= self.config.max_length:
+        if self.config.room(decode.gen_length) < 1:
             raise ValueError(
                 f"gen_length is {decode.gen_length} for {task}; it must leave room for a prompt in "
                 f"the model's context of {self.config.max_length} tokens."
             )
         method = cache_lib.make(self.cache, **_cache_args(task, self) | dict(self.cache_args))
-        try:
-            method.check(self.config, decode)
-        except ValueError as error:
-            if "alg" in self.decode:
-                raise
-            try:
-                decode = DecodeConfig.for_model(self.config, **chosen | dict(alg="random"))
-                method.check(self.config, decode)
-            except ValueError:
-                raise error from None
+        if "alg" not in self.decode:
+            decode = decode.for_cache(method)
+        method.check(self.config, decode)
         return decode, method
 
 

@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import lm_eval
@@ -26,7 +26,6 @@ from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, files, sharding, tokenizer
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cli import choices
-from dlm_jax.cli.options import Contender
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, report, tasks
 from dlm_jax.eval.defaults import Recipe
@@ -38,6 +37,20 @@ LOGGERS = ("lm_eval", "datasets", "httpx")
 """They tell of every step; the command says itself what goes on."""
 LONGEST_NAME = 200
 """Of a file, in bytes, with room for what is added while it is written."""
+
+
+class Contender(NamedTuple):
+    """A cache method that is compared with others, and its settings.
+
+    Attributes:
+      label: how it is called: what the user wrote.
+      cache: name of the method.
+      settings: parameters of the method and fields of `DecodeConfig`, by name.
+    """
+
+    label: str
+    cache: str
+    settings: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,4 +319,4 @@ def _contenders(args: argparse.Namespace, tok: Any) -> list[Contender]:
         cache_lib.make(args.cache, **args.cache_args)  # refuses names that are no parameters
         own = {f"cache_{name}": value for name, value in args.cache_args.items()}
         return [Contender(args.cache, args.cache, given | own)]
-    return [contender._replace(settings=given | contender.settings) for contender in args.compare]
+    return [Contender(label, name, given | own) for label, name, own in args.compare]

@@ -225,7 +225,7 @@ class DiffusionLM(TemplateLM):
         group = self._recipe.plan(instance.task_name or "", wishes)
         ids = self.tok_encode(context) or [self.prefix_token_id]
         length = group[0].gen_length
-        room = self.max_length - length
+        room = self.config.room(length)
         notes = []
         if len(ids) > room:
             notes.append("their beginnings are cut off to fit")
@@ -252,8 +252,8 @@ class DiffusionLM(TemplateLM):
         end = [self.eot_token_id] if self._likelihood.estimator == "mc_rate" else []
         pairs = []
         for _, prompt, continuation in requests:
-            answer = continuation[-(self.max_length - len(end)) :] + end
-            room = self.max_length - len(answer)
+            answer = continuation[-self.config.room(len(end)) :] + end
+            room = self.config.room(len(answer))
             pair = Pair(prompt[-room:] if room else [], answer, len(end), 0)
             pairs.append((self._scorer.group(pair), pair))
         work = self._numbered(pairs)

@@ -128,8 +128,8 @@ class Generator:
     def _text(self, answer: Answer, decode: DecodeConfig, stops: Sequence[str]) -> str:
         """The answer up to its end or a stop text, which may be a special token."""
         tok, config = self._checkpoint.tokenizer, self._checkpoint.config
-        eos_id = config.eos_id if decode.eos_id is None else decode.eos_id
-        kept = [i for i in tokenizer.until_eos(answer.ids, eos_id) if i != config.mask_id]
+        said = tokenizer.until_eos(answer.ids, decode.end_of_text(config))
+        kept = [token for token in said if token != config.mask_id]
         text = tok.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = tokenizer.cut(text, stops)
         ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -175,7 +175,7 @@ class Scorer:
             return length
         padded = -(-length // tokenizer.BUCKET) * tokenizer.BUCKET
         # Pairs that would not fit with that share a batch with answers of their own length.
-        fits = len(pair.prompt) + padded <= self._checkpoint.config.max_length
+        fits = len(pair.prompt) <= self._checkpoint.config.room(padded)
         return padded if fits else length
 
     def __call__(self, group: int, batch: Sequence[Request], *, rows: int) -> list[dict[str, Any]]:
@@ -206,7 +206,7 @@ class Scorer:
         longest = max(len(pair.prompt) for pair in pairs)
         answers = min(group, config.max_length - longest)
         ids_BP, prompt_mask_BP = tokenizer.pad(
-            [pair.prompt for pair in pairs], config.pad_id, limit=config.max_length - answers
+            [pair.prompt for pair in pairs], config.pad_id, limit=config.room(answers)
         )
         reversed_BA, reversed_mask_BA = tokenizer.pad(
             [pair.answer[::-1] for pair in pairs], config.pad_id, bucket=answers

@@ -4,8 +4,9 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import prompts, small
+from tiny_models import prompts, small
 
+from dlm_jax.decoding import predict
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate
 
@@ -33,7 +34,7 @@ def test_groups_change_nothing(changes, monkeypatch):
     """Of two and one positions: five are no multiple of two."""
     whole = generate(**changes)
     rows = 4 if "cfg_scale" in changes else 2
-    monkeypatch.setattr(proposals, "LOGITS", rows * VOCABULARY * 2)
+    monkeypatch.setattr(predict, "LOGITS", rows * VOCABULARY * 2)
     jax.clear_caches()
     grouped = generate(**changes)
     jax.clear_caches()
@@ -45,7 +46,7 @@ def test_no_more_logits_than_asked_for(monkeypatch):
     """The traced program holds no logits but those of a group."""
 
     def logits(limit):
-        monkeypatch.setattr(proposals, "LOGITS", limit)
+        monkeypatch.setattr(predict, "LOGITS", limit)
         model, params = small("llada")
         decode = DecodeConfig(gen_length=10, block_length=10)
 
