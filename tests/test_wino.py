@@ -10,18 +10,11 @@ from reference_rules import SIZE, flags, number, often, parts, row, rows
 from tiny_models import small_config
 
 from dlm_jax.decoding import shadow
-from dlm_jax.decoding.rows import Row, Rows
+from dlm_jax.decoding.rows import Row
 from dlm_jax.decoding.strategies import wino
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Transformer
 from dlm_jax.models.base import lay_out, unembed
-
-
-def stand(tokens_L: jax.Array, valid_L: jax.Array, block: int = 0) -> Row:
-    """A row in one of its blocks, in which nothing is to be filled."""
-    nothing = dict.fromkeys(Row._fields, jnp.int32(0))
-    known = dict(tokens_L=tokens_L, valid_L=valid_L, attended_L=valid_L, block=jnp.int32(block))
-    return Row(**nothing | known)
 
 
 class TestWino:
@@ -70,13 +63,11 @@ class TestWino:
     def test_all_of_a_row_s_block_is_read_and_nothing_of_a_row_that_is_done(self):
         """Whatever the cache method wants."""
         geo = Geometry(prompt=3, gen=6, block=2, steps=None, shift=0)
+        nothing = Row(**dict.fromkeys(Row._fields, jnp.int32(0)))
         for block, expected in enumerate([[3, 4], [5, 6], [7, 8], []]):
+            row = nothing._replace(block=jnp.int32(block))
             for wanted in (False, True):
-                read_L = wino.Wino().readable(
-                    stand(jnp.zeros(9, jnp.int32), jnp.ones(9, bool), block),
-                    jnp.full(9, wanted),
-                    geo,
-                )
+                read_L = wino.Wino().readable(row, jnp.full(9, wanted), geo)
                 assert np.flatnonzero(read_L).tolist() == expected
 
 
@@ -98,8 +89,7 @@ def predict():
     def both(tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         slots = jnp.asarray([BLOCK] * 2, jnp.int32)
         layout = lay_out(model.config, valid_BL)
-        rows = Rows(*jax.vmap(stand)(tokens_BL, valid_BL))
-        hidden = shadow.predict(model, params, rows, valid_BL, layout, slots)
+        hidden = shadow.predict(model, params, tokens_BL, valid_BL, valid_BL, layout, slots)
         return unembed(model, params, hidden), model.apply({"params": params}, tokens_BL)
 
     return lambda canvas: jax.device_get(both(jnp.asarray([canvas] * 2, jnp.int32)))
