@@ -8,7 +8,15 @@ from tiny_models import prompts
 from dlm_jax.cache import make
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.state import Draws
-from dlm_jax.decoding.strategies import STRATEGIES, EntropyBound, Factor, Klass, Threshold, Wino
+from dlm_jax.decoding.strategies import (
+    STRATEGIES,
+    EntropyBound,
+    Factor,
+    Klass,
+    Random,
+    Threshold,
+    Wino,
+)
 from dlm_jax.decoding.strategies import make as make_strategy
 
 REFUSED = [
@@ -185,6 +193,15 @@ WRONG = [
         dict(alg="random"),
         dict(draws=Draws(order=np.ones((ROWS, GEN)))),
         r"draws.order has shape \(3, 12\)",
+    ),
+    *(
+        (
+            "llada",
+            dict(strategy=Random(redrawn=redrawn)),
+            dict(draws=Draws(order=np.ones(shape))),
+            "draws.order has shape .*'random', or one such array per forward if that is redrawn",
+        )
+        for redrawn, shape in ((True, (ROWS, LENGTH)), (False, (4, ROWS, LENGTH)))
     ),
     (
         "llada",

@@ -127,7 +127,7 @@ def test_without_matplotlib(tmp_path, capsys, monkeypatch):
         (["--models", "nowhere"], "'nowhere' is neither"),
         (["--caches", "fast"], "cache is 'fast'"),
         (["--caches", "dual,dual"], "not a list of different names"),
-        (["--caches", "dkv-greedy"], "must know the next tokens"),
+        (["--caches", "dkv-greedy"], "take the strategy random"),
         (["--block-length", "7"], "7"),
         (["--gen-length", "250", "--block-length", "0"], "context ends at 256"),
         (["--json", "/dev/null"], "no regular file"),
