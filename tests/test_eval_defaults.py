@@ -10,6 +10,7 @@ from dlm_jax import models
 from dlm_jax.cache import D2Cache, DKVGreedy, DLLMCache, NoCache
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import defaults
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 
 LLADA = models.llada.PRESETS["llada-8b-instruct"]
@@ -54,7 +55,8 @@ CACHES = ["none", "dkv-decode", "dkv-greedy", "dkv-prefill", "dkv-pd", "prefix",
 def plan(cache="none", task="gsm8k", model="llada-inst", wishes=None, *, cache_args=None, **decode):
     """Decoding and cache method of a task, where `decode` and `cache_args` are given."""
     config, variant = MODELS[model]
-    return Recipe(config, variant, cache, cache_args or {}, decode).plan(task, wishes or {})
+    settings = Settings(cache=cache, cache_args=cache_args or {}, decode=decode)
+    return Recipe(config, variant, settings).plan(task, wishes or {})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -205,7 +207,7 @@ def test_sigma_can_be_switched_off_as_the_help_says():
 
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
     config = dataclasses.replace(LLADA, max_length=512)
-    recipe = Recipe(config, "inst", "none", {}, {})
+    recipe = Recipe(config, "inst", Settings())
     assert recipe.plan("gsm8k", {})[0].gen_length == 256
     with pytest.raises(ValueError) as error:
         recipe.plan("humaneval", {})
@@ -213,7 +215,8 @@ def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
         "gen_length is 512 for humaneval; it must leave room for a prompt in the model's context "
         "of 512 tokens."
     )
-    assert Recipe(config, "inst", "none", {}, dict(gen_length=511)).plan("mbpp", {})
+    longest = Settings(decode=dict(gen_length=511))
+    assert Recipe(config, "inst", longest).plan("mbpp", {})
 
 
 @pytest.mark.parametrize("model", ["llada-inst", "llada-base", "dream-inst"])
