@@ -14,7 +14,9 @@ class Geometry:
       steps: denoising steps over the whole generation, a multiple of `num_blocks`; None where the
         schedule counts tokens instead.
       shift: the prediction for position p is read at p - shift.
-      quota: the most tokens that the schedule commits in one step, as long as no step falls short.
+      infill: whether masks inside the prompt are filled as well; they belong to the first block.
+      most_per_step: the most tokens that the schedule commits in one step, as long as no step falls
+        short.
     """
 
     prompt: int
@@ -22,7 +24,8 @@ class Geometry:
     block: int
     steps: int | None
     shift: int
-    quota: int = 1
+    infill: bool = False
+    most_per_step: int = 1
 
     def __post_init__(self) -> None:
         if self.prompt < 1:
@@ -45,6 +48,11 @@ class Geometry:
     def length(self) -> int:
         """L, all slots."""
         return self.prompt + self.gen
+
+    @property
+    def fillable(self) -> int:
+        """How many slots, counted from the last, may hold a mask that is to be filled."""
+        return self.length if self.infill else self.gen
 
     @property
     def num_blocks(self) -> int:

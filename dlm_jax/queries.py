@@ -32,12 +32,14 @@ class Queries(NamedTuple):
     Attributes:
       index_BQ: absolute slots, ascending where they are not empty; `L` marks an empty query slot.
       rotary_BQH: `Slots.rotary_BLH` of those slots.
-      slots: all slots, to which the queries attend.
+      slots: all slots.
+      attended_BL: slots that the queries may attend to, out of the valid ones.
     """
 
     index_BQ: Int[Array, "B Q"]
     rotary_BQH: Float[Array, "B Q H"]
     slots: Slots
+    attended_BL: Bool[Array, "B L"]
 
     @property
     def valid_BL(self) -> Bool[Array, "B L"]:
@@ -49,23 +51,26 @@ def positions(valid_BL: Bool[Array, "B L"]) -> Int[Array, "B L"]:
     return jnp.maximum(jnp.cumsum(valid_BL.astype(jnp.int32), axis=-1) - 1, 0)
 
 
-def pack(mask_BL: Bool[Array, "B L"], slots: Slots, capacity: int) -> Queries:
+def pack(
+    mask_BL: Bool[Array, "B L"], slots: Slots, attended_BL: Bool[Array, "B L"], capacity: int
+) -> Queries:
     """Packs one set of positions per row into `capacity` query slots.
 
     Args:
       mask_BL: the positions to compute. No row may hold more than `capacity`.
       slots: all slots.
+      attended_BL: slots that they may attend to.
       capacity: Q, static.
     """
     index_BQ = pack_index(mask_BL, capacity)
-    return Queries(index_BQ, gather(slots.rotary_BLH, index_BQ), slots)
+    return Queries(index_BQ, gather(slots.rotary_BLH, index_BQ), slots, attended_BL)
 
 
 def every(slots: Slots) -> Queries:
     """All slots as queries, padding included: a whole forward without packing, Q = L."""
     shape = slots.valid_BL.shape
     index_BL = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    return Queries(index_BL, slots.rotary_BLH, slots)
+    return Queries(index_BL, slots.rotary_BLH, slots, slots.valid_BL)
 
 
 def pack_index(mask_BL: Bool[Array, "B L"], capacity: int) -> Int[Array, "B Q"]:
@@ -101,15 +106,16 @@ def gather(values_BLx: PyTree, index_BQ: Int[Array, "B Q"]) -> PyTree:
     return jax.tree.map(lambda values: jax.vmap(row)(values, index_BQ), values_BLx)
 
 
+def scatter_row(values_Lx: Array, updates_Qx: Array, index_Q: Int[Array, " Q"]) -> Array:
+    """Writes `[Q, ...]` updates into an `[L, ...]` array; empty slots write nothing."""
+    return values_Lx.at[index_Q].set(
+        updates_Qx.astype(values_Lx.dtype), mode="drop", unique_indices=True
+    )
+
+
 def scatter(values_BLx: Array, updates_BQx: Array, index_BQ: Int[Array, "B Q"]) -> Array:
-    """Writes `[B, Q, ...]` updates into a `[B, L, ...]` array; empty slots write nothing."""
-
-    def row(values_Lx: Array, updates_Qx: Array, index_Q: Array) -> Array:
-        return values_Lx.at[index_Q].set(
-            updates_Qx.astype(values_Lx.dtype), mode="drop", unique_indices=True
-        )
-
-    return jax.vmap(row)(values_BLx, updates_BQx, index_BQ)
+    """`scatter_row` for every row of a batch."""
+    return jax.vmap(scatter_row)(values_BLx, updates_BQx, index_BQ)
 
 
 def scatter_heads(values_BKLH: Array, updates_BQKH: Array, index_BQ: Int[Array, "B Q"]) -> Array:

@@ -1,10 +1,5 @@
-"""Which positions become final in a denoising step, for one row.
+"""Ranks among the positions of one row, and how much is known around each."""
 
-However a rule looks at confidences, what it takes are the surest positions: it only decides how
-many (`sure`, `factored`, `bounded_entropy`), and `top` takes them.
-"""
-
-import jax
 import jax.numpy as jnp
 
 from dlm_jax.typing import Array, Bool, Float, Int
@@ -26,53 +21,16 @@ def rank(score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"]) -> Int[Arra
 
 
 def top(
-    score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], quota: Int[Array, ""]
+    score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], count: Int[Array, ""]
 ) -> Bool[Array, " L"]:
-    """The `quota` eligible positions with the highest score, the leftmost among equals.
+    """The `count` eligible positions with the highest score, the leftmost among equals.
 
-    All eligible positions if there are fewer than `quota`; never one that is not eligible.
+    All eligible positions if there are fewer than `count`; never one that is not eligible.
     """
-    return eligible_L & (rank(score_L, eligible_L) < quota)
+    return eligible_L & (rank(score_L, eligible_L) < count)
 
 
-def sure(
-    score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], level: Float[Array, ""]
-) -> Int[Array, ""]:
-    """How many eligible positions reach a score (Fast-dLLM, arXiv 2505.22618, algorithm 1)."""
-    return jnp.sum(eligible_L & (score_L >= level), dtype=jnp.int32)
-
-
-def factored(
-    confidence_L: Float[Array, " L"], eligible_L: Bool[Array, " L"], factor: Float[Array, ""]
-) -> Int[Array, ""]:
-    """The number n up to which (n + 1)(1 - confidence of the n-th surest) stays below `factor`.
-
-    Fast-dLLM, arXiv 2505.22618, theorem 1 turned into a rule.
-    """
-    sorted_L = jnp.sort(jnp.where(eligible_L, confidence_L, -jnp.inf), descending=True)
-    places_L = jnp.arange(2, sorted_L.shape[0] + 2, dtype=sorted_L.dtype)
-    return _leading(places_L * (1 - sorted_L) < factor)
-
-
-def bounded_entropy(
-    score_L: Float[Array, " L"],
-    entropy_L: Float[Array, " L"],
-    eligible_L: Bool[Array, " L"],
-    gamma: Float[Array, ""],
-) -> Int[Array, ""]:
-    """How many of the surest positions depend little on one another (EB-Sampler, 2505.24857).
-
-    Their entropies, the largest one left out, sum up to at most `gamma`, which bounds the error of
-    sampling them independently.
-    """
-    place_L = rank(score_L, eligible_L)
-    sorted_L = jnp.zeros_like(entropy_L).at[place_L].set(entropy_L, unique_indices=True)
-    bound_L = jnp.cumsum(sorted_L) - jax.lax.cummax(sorted_L)
-    within_L = jnp.arange(sorted_L.shape[0]) < jnp.sum(eligible_L)
-    return _leading(within_L & (bound_L <= gamma))
-
-
-def _leading(true_L: Bool[Array, " L"]) -> Int[Array, ""]:
+def leading(true_L: Bool[Array, " L"]) -> Int[Array, ""]:
     """How many are true before the first that is not."""
     return jnp.sum(jnp.cumprod(true_L.astype(jnp.int32)), dtype=jnp.int32)
 
@@ -80,7 +38,8 @@ def _leading(true_L: Bool[Array, " L"]) -> Int[Array, ""]:
 def certainty_density(
     known_G: Bool[Array, " G"], sigma: float | int | Float[Array, ""]
 ) -> Float[Array, " G"]:
-    """Gaussian-weighted share of known positions around each generated position of one row.
+    """Gaussian-weighted share of known positions around each generated position of one row
+    (certainty density; d2Cache, arXiv 2509.23094, eq. 3).
 
     Everything before the generated part counts as known, for G positions; everything behind it, for
     G positions, is taken to be like its last one.

@@ -44,8 +44,8 @@ from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint, compilation, files, models
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cli.options import Named, Parser, check_picture, named_list
-from dlm_jax.decoding.arguments import prepare
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.start import start
 from dlm_jax.models import Config, Transformer
 from dlm_jax.typing import Params
 
@@ -118,7 +118,15 @@ def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple
         for label, method in methods.items():
             # Drawing an order costs next to nothing, so one baseline serves both.
             own = decode.for_cache(method)
-            prepare(shapes, Transformer(config), prompt_1P, None, jax.random.key(0), own, method)
+            check = functools.partial(
+                start,
+                model=Transformer(config),
+                prompt_BP=prompt_1P,
+                key=jax.random.key(0),
+                decode=own,
+                cache=method,
+            )
+            jax.eval_shape(check, shapes)
             cases.append(Case(label, method, own, []))
         plans.append((prompt, cases))
     return plans
@@ -130,14 +138,14 @@ def needed_bytes(
     """Of the parameters and the largest cache: less than any run takes."""
     dtype = jax.tree.leaves(shapes)[0].dtype
     caches = [
-        jax.eval_shape(functools.partial(case.method.init_cache, config, geo, batch, dtype))
+        jax.eval_shape(functools.partial(case.method.init_cache, config, geo, dtype))
         for prompt, cases in plans
         for case in cases
         for geo in [case.decode.geometry(prompt=prompt, shift=config.shift)]
     ]
     # XLA's CPU backend multiplies halves as float32, and keeps such a copy of every kernel.
     copies = 3 if jax.default_backend() == "cpu" and dtype.itemsize == 2 else 1
-    return copies * _bytes(shapes) + max(map(_bytes, caches))
+    return copies * _bytes(shapes) + batch * max(map(_bytes, caches))
 
 
 def _bytes(tree: Any) -> int:

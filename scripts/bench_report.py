@@ -88,15 +88,15 @@ def describe(case: Case, out: GenerateOutput, times: Times, ceilings: Ceilings) 
       ceilings: of the device.
     """
     batch, gen, nfe = len(out.tokens), case.decode.gen_length, int(out.nfe)
-    variant_T, slots_T = np.asarray(out.variant[:nfe]), np.asarray(out.positions_computed[:nfe, 0])
+    shape_T, slots_T = np.asarray(out.shape[:nfe]), np.asarray(out.positions_computed[:nfe, 0])
     computed, asked = float(slots_T.sum()), float(out.positions_asked[:nfe].mean(axis=1).sum())
     sizes, counts = np.unique(slots_T, return_counts=True)
 
     whole, one, none = map(statistics.median, times)
-    full_T = variant_T == variant_T[0]
+    full_T = shape_T == shape_T[0]
     full, cached = int(full_T.sum()), int((~full_T).sum())
     full_s = one - none if cached else (whole - none) / full
-    limit_T = np.array([ceilings.seconds(products, batch) for products in case.steps])[variant_T]
+    limit_T = np.array([ceilings.seconds(products, batch) for products in case.steps])[shape_T]
     limit_s = float(limit_T.sum())
     return {
         "cache": case.label,
@@ -116,7 +116,7 @@ def describe(case: Case, out: GenerateOutput, times: Times, ceilings: Ceilings) 
         "tokens_per_s": batch * gen / whole,
         "positions_per_token": computed / gen,
         "waste": (computed - asked) / computed,
-        "gflop_per_token": sum(total_flops(case.steps[i]) for i in variant_T) / gen / 1e9,
+        "gflop_per_token": sum(total_flops(case.steps[i]) for i in shape_T) / gen / 1e9,
         "ceilings": ceilings._asdict(),
         "ms_full_limit": 1e3 * float(limit_T[full_T].mean()),
         "ms_cached_limit": 1e3 * float(limit_T[~full_T].mean()) if cached else None,

@@ -16,13 +16,12 @@ from roofline import Ceilings, measure_ceilings
 
 from dlm_jax import compilation
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cache.base import Variant
-from dlm_jax.decoding import loop as decode_lib
-from dlm_jax.decoding.arguments import prepare
-from dlm_jax.decoding.canvas import unfinished
+from dlm_jax.cache.base import StepShape
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import GenerateOutput, diffusion_generate
-from dlm_jax.decoding.state import DecodeState
+from dlm_jax.decoding.progress import unfinished
+from dlm_jax.decoding.start import start
+from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.decoding.step import step
 from dlm_jax.models import Transformer
 from dlm_jax.typing import Array, Params
@@ -153,34 +152,30 @@ def profile(case: Case, inputs: Inputs, directory: Path) -> None:
     compiled by itself.
     """
     model, params, prompt_BP, key = inputs
-    call = prepare(params, model, prompt_BP, None, key, case.decode, case.method)
-    setup, tokens_BL = decode_lib._jit_setup(call)
-    state = decode_lib._jit_begin(setup, tokens_BL)
-    # Leaves, because lowering puts placeholders for arrays, which Setup is not annotated for.
-    constants, structure = jax.tree.flatten(setup)
+    setup, state = start(params, model, prompt_BP, key=key, decode=case.decode, cache=case.method)
 
-    @functools.partial(jax.jit, static_argnames="variant", donate_argnums=1)
-    def one_step(constants: list[Array], state: DecodeState, variant: Variant) -> DecodeState:
-        return step(jax.tree.unflatten(structure, constants), state, variant)
+    @functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)
+    def one_step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
+        return step(setup, state, shape)
 
-    variants, programs = case.method.variants(setup.geo), {}
-    full = int(state.variant)
+    shapes, programs = case.method.step_shapes(setup.geo), {}
+    full = int(state.shape)
     while unfinished(setup, state):
-        shape = int(state.variant)
-        if shape in programs and (shape != full or len(variants) == 1):
+        shape = int(state.shape)
+        if shape in programs and (shape != full or len(shapes) == 1):
             break
         if shape not in programs:
-            programs[shape] = one_step.lower(constants, state, variants[shape]).compile()
-        state = jax.block_until_ready(programs[shape](constants, state))
+            programs[shape] = one_step.lower(setup, state, shapes[shape]).compile()
+        state = jax.block_until_ready(programs[shape](setup, state))
     else:
         note(f"{case.label} repeats no cached step here, so none was traced")
         return
     program = programs[shape]
     (directory / "step.hlo.txt").write_text(program.as_text(), encoding="utf-8")
     with jax.profiler.trace(directory):
-        jax.block_until_ready(program(constants, state))
+        jax.block_until_ready(program(setup, state))
     note(
-        f"traced a step of {case.label}, batch {len(prompt_BP)}, {variants[shape].capacity} "
+        f"traced a step of {case.label}, batch {len(prompt_BP)}, {shapes[shape].capacity} "
         f"positions a row: python scripts/trace_summary.py {directory}"
     )
 

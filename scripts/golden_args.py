@@ -5,6 +5,7 @@ no counterpart here is refused (`Unsupported`), not ignored.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -26,12 +27,24 @@ from dlm_jax.cache import (
 from dlm_jax.cache.dkv import SHIFT_TYPES
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.state import Draws
+from dlm_jax.decoding.strategies import (
+    EntropyBound,
+    Factor,
+    Klass,
+    Random,
+    Rule,
+    Strategy,
+    Surest,
+    Threshold,
+    Wino,
+)
 from dlm_jax.models import Config
 
 AS_RECORDED: dict[str, Any] = dict(ban_mask=False, lockstep=True)
 """The originals do not ban the mask token, and let a batch leave a block together."""
 
 NO_CACHE = NoCache()
+SUREST = Surest()
 CONFIDENCE_THRESHOLD = "confidence_threshold"
 """Fast-dLLM's name for its threshold, in the place of an algorithm."""
 
@@ -114,7 +127,7 @@ def _llada_dkv_greedy(case: dict[str, Any]) -> Run:
     _only(args, "cfg_scale", (0.0,))
     cache = DKVGreedy(cache_steps=args["cache_reloading_step"], window_size=args["window_size"])
     return Run(
-        _llada_decode(args),
+        _llada_decode(args, redrawn=False),
         cache if args["enable_cache"] else NoCache(),
         Draws(order=_recorded_order(case)),
     )
@@ -147,7 +160,8 @@ def _fast_dllm_llada(case: dict[str, Any], cache: CacheMethod = NO_CACHE) -> Run
     decode = _llada_decode(args, leave_early=True)
     if args["threshold"] is not None:
         # The number of steps then has no effect.
-        decode = dataclasses.replace(decode, schedule=None, steps=None, threshold=args["threshold"])
+        strategy = Threshold(args["threshold"])
+        decode = dataclasses.replace(decode, schedule=None, steps=None, strategy=strategy)
     return Run(decode, cache)
 
 
@@ -223,7 +237,7 @@ def _d2_framework(case: dict[str, Any]) -> Run:
     rows = len(case["prompt"])
     if args["stop_until_eos"] and rows > 1 and _as_is(case) and args["cache"] is not None:
         raise Unsupported("stop_until_eos: the case records a defect of the original")
-    decode, frequencies = _d2_decode(case), None
+    decode, frequencies = _d2_decode(case, *_rules(case)), None
     # Other measures take the place of the debiased probability.
     if args["debias"] and decode.measure.is_probability:
         frequencies = np.asarray(args["token_freq"], np.float32)
@@ -237,9 +251,9 @@ def _d2_klass(case: dict[str, Any]) -> Run:
     if args["threshold"] is None and args["factor"] is None:
         # Without a rule nothing is ever taken for its stability.
         return Run(_d2_decode(case), _d2_framework_cache(case))
-    names = ("strategy", "kl_threshold", "kl_history_length")
-    decode = _d2_decode(case, **{name: args[name] for name in names})
-    return Run(decode, _d2_framework_cache(case))
+    (rule,) = _rules(case)
+    strategy = Klass(rule, args["kl_threshold"], args["kl_history_length"])
+    return Run(_d2_decode(case, strategy), _d2_framework_cache(case))
 
 
 def _d2_wino(case: dict[str, Any]) -> Run:
@@ -250,16 +264,27 @@ def _d2_wino(case: dict[str, Any]) -> Run:
         raise Unsupported("strategy=wino: the original's Dream sees the token that it verifies")
     if not _mended(case, NARROWED_BLOCK):
         raise Unsupported("strategy=wino: the case records a defect of the original")
-    names = ("strategy", "wide_in_thres", "narrow_out_thres")
-    decode = _d2_decode(case, **{name: args[name] for name in names})
-    return Run(decode, _d2_framework_cache(case))
+    strategy = Wino(args["wide_in_thres"], args["narrow_out_thres"])
+    return Run(_d2_decode(case, strategy), _d2_framework_cache(case))
 
 
-def _d2_decode(case: dict[str, Any], **strategy: Any) -> DecodeConfig:
+def _rules(case: dict[str, Any]) -> list[Rule]:
+    """The rule that a case of the framework gives, if any."""
+    args = case["args"]
+    spare_last = not _mended(case, FACTOR_DEFECT)
+    made = {
+        "threshold": Threshold,
+        "factor": functools.partial(Factor, spare_last=spare_last),
+        "gamma": EntropyBound,
+    }
+    return [make(args[name]) for name, make in made.items() if args.get(name) is not None]
+
+
+def _d2_decode(case: dict[str, Any], strategy: Strategy = SUREST) -> DecodeConfig:
     args = case["args"]
     return DecodeConfig(
         **AS_RECORDED,
-        **strategy,
+        strategy=strategy,
         gen_length=args["gen_length"],
         block_length=args["block_length"],
         schedule="fixed",
@@ -268,10 +293,6 @@ def _d2_decode(case: dict[str, Any], **strategy: Any) -> DecodeConfig:
         temperature=args["temperature"],
         top_p=args["top_p"],
         top_k=args["top_k"],
-        threshold=args.get("threshold"),
-        factor=args.get("factor"),
-        spare_last=not _mended(case, FACTOR_DEFECT),
-        gamma=args.get("gamma"),
         sigma=args["sigma"] or None,
         clip_alpha=10.0 if args.get("clip_alpha") is None else args["clip_alpha"],
         stop_until_eos=args["stop_until_eos"],
@@ -362,8 +383,11 @@ other argument makes a case unsupported.
 """
 
 
-def _llada_decode(args: dict[str, Any], *, leave_early: bool = False) -> DecodeConfig:
+def _llada_decode(
+    args: dict[str, Any], *, leave_early: bool = False, redrawn: bool = True
+) -> DecodeConfig:
     _only(args, "remasking", ("low_confidence", "random"))
+    random = args["remasking"] == "random"
     return DecodeConfig(
         **AS_RECORDED,
         gen_length=args["gen_length"],
@@ -371,7 +395,7 @@ def _llada_decode(args: dict[str, Any], *, leave_early: bool = False) -> DecodeC
         steps=args["steps"],
         schedule="even",
         leave_early=leave_early,
-        alg=args["remasking"],
+        strategy=Random(redrawn=redrawn) if random else SUREST,
         temperature=args["temperature"],
         cfg_scale=args.get("cfg_scale", 0.0),
     )
@@ -397,8 +421,8 @@ def _dream_decode(
         eps=args["eps"],
         leave_early=leave_early,
         alg=args["alg"] if threshold is None else "maskgit_plus",
-        alg_temp=args["alg_temp"] if args["alg"] != "origin" else None,
         threshold=threshold,
+        alg_temp=args["alg_temp"] if args["alg"] != "origin" else None,
         temperature=args["temperature"],
         top_p=args["top_p"],
         top_k=args["top_k"],

@@ -14,7 +14,6 @@ free, and so does launching it: no program is faster than the limit, and a good 
 The ceilings are measured: a large matrix product, and a pass that reads and writes a large array.
 """
 
-import dataclasses
 import functools
 import math
 import time
@@ -27,12 +26,11 @@ import numpy as np
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from dlm_jax.cache import CacheMethod
-from dlm_jax.cache.base import Variant
-from dlm_jax.decoding.arguments import Call, prepare
+from dlm_jax.cache.base import StepShape
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.loop import _setup
+from dlm_jax.decoding.start import start
 from dlm_jax.decoding.state import DecodeState
-from dlm_jax.decoding.step import begin, step
+from dlm_jax.decoding.step import step
 from dlm_jax.models import Transformer
 from dlm_jax.models.layers import precision
 from dlm_jax.typing import Array, DTypeLike, Params
@@ -105,17 +103,17 @@ def step_products(
     Raises:
       ValueError: the arguments do not fit each other.
     """
-    call = prepare(params, model, prompt_BP[:1], None, jax.random.key(0), decode, method)
     geo = decode.geometry(prompt=prompt_BP.shape[1], shift=model.config.shift)
+    key = jax.random.key(0)
 
-    def first_step(params: Params, call: Call, *, variant: Variant) -> DecodeState:
-        setup, tokens_BL = _setup(dataclasses.replace(call, params=params))
-        return step(setup, begin(setup, tokens_BL), variant)  # no products before the step
+    def first_step(params: Params, *, shape: StepShape) -> DecodeState:
+        # No products before the step.
+        setup, state = start(params, model, prompt_BP[:1], key=key, decode=decode, cache=method)
+        return step(setup, state, shape)
 
-    rest = dataclasses.replace(call, params={})
-    kinds = [_WEIGHT] * len(jax.tree.leaves(params)) + [None] * len(jax.tree.leaves(rest))
-    steps = [functools.partial(first_step, variant=variant) for variant in method.variants(geo)]
-    return [find_products(jax.make_jaxpr(one)(params, rest).jaxpr, kinds)[0] for one in steps]
+    kinds = [_WEIGHT] * len(jax.tree.leaves(params))
+    steps = [functools.partial(first_step, shape=shape) for shape in method.step_shapes(geo)]
+    return [find_products(jax.make_jaxpr(one)(params).jaxpr, kinds)[0] for one in steps]
 
 
 def find_products(

@@ -2,8 +2,11 @@
 
 Slots are absolute positions. A step recomputes a set of positions, writes their K/V into buffers of
 full length, and attends over all of them. A method is therefore a policy over sets of positions: a
-frozen dataclass of pure functions over its own pytree, the memory. Functions over a `Row` see one
-row and are vmapped by the loop, so that rows cannot leak into one another.
+frozen dataclass of pure functions over its own pytree, the memory.
+
+All of them see one row and are mapped over the batch, so that rows cannot leak into one another.
+The only exception are the layer functions that `layers` returns: a matrix product is one for all
+rows. A contract test compares every row of a batch with itself alone.
 """
 
 import dataclasses
@@ -16,66 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import queries as queries_lib
-from dlm_jax import ranking
+from dlm_jax.decoding.canvas import Canvas
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.rows import Observation, Row
+from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn
 from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
-MOST_VARIANTS = 6
+MOST_SHAPES = 6
 """Step shapes per generation; each is compiled on its own."""
 GRAIN = 8
 """Capacities for sets of any size are multiples of it."""
 
 
-class Row(NamedTuple):
-    """What a method may know about one row before a step."""
-
-    tokens_L: Int[Array, " L"]
-    valid_L: Bool[Array, " L"]
-    """Slots that hold a token or a mask, not padding."""
-    masked_L: Bool[Array, " L"]
-    """Masks that are to be filled, in any block."""
-    eligible_L: Bool[Array, " L"]
-    """Masks that this step may fill: those up to the end of the row's block."""
-    quota: Int[Array, ""]
-    """How many of them are to be filled in this step; where a rule decides, the least."""
-    order_L: Float[Array, " L"] | None
-    """Lower is filled earlier; None where the order depends on confidence."""
-    block: Int[Array, ""]
-    """Index of the row's block; the number of blocks when the row is done."""
-    block_step: Int[Array, ""]
-    """Denoising step within the block."""
-    step: Int[Array, ""]
-    """Denoising step of this row over the whole generation."""
-
-    @property
-    def next_L(self) -> Bool[Array, " L"]:
-        """What this step will fill, where the order was drawn in advance; else what it may."""
-        if self.order_L is None:
-            return self.eligible_L
-        return ranking.top(-self.order_L, self.eligible_L, self.quota)
-
-
-class Observation(NamedTuple):
-    """What a step did to one row."""
-
-    computed_L: Bool[Array, " L"]
-    """Positions that entered the network."""
-    read_L: Bool[Array, " L"]
-    """Positions whose logits were read."""
-    committed_L: Bool[Array, " L"]
-    """Positions that were filled; the mask token, unless it is banned, may be what they got."""
-    confidence_L: Float[Array, " L"]
-    """-inf where no logits were read."""
-    tokens_L: Int[Array, " L"]
-    """The canvas after the step."""
-    acc: PyTree
-    """What the layer functions accumulated, for this row."""
-
-
-class Variant(NamedTuple):
+class StepShape(NamedTuple):
     """A compiled step shape: the number of query slots, and a mode for methods with several."""
 
     capacity: int
@@ -95,7 +54,7 @@ class KV(NamedTuple):
 def kv_layer(
     block: Block, carry: tuple[Array, PyTree], layer_cache: KV, queries: Queries
 ) -> tuple[tuple[Array, PyTree], KV]:
-    """A block whose queries write their K/V into the cache and attend to all valid slots of it."""
+    """A block whose queries write their K/V into the cache and attend to what they may of it."""
     hidden, acc = carry
     hidden, layer_cache, _ = attend_cached(block, hidden, layer_cache, queries)
     return (hidden + block.ffn(hidden), acc), layer_cache
@@ -111,7 +70,7 @@ def attend_cached(
     )
     v_BKLH = queries_lib.scatter_heads(layer_cache.v_BKLH, block.value(normed), queries.index_BQ)
     q_BQNH = block.query(normed, queries.rotary_BQH)
-    out, weights = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
+    out, weights = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.attended_BL[:, None, :])
     return hidden + out, KV(k_BKLH, v_BKLH), weights
 
 
@@ -120,15 +79,15 @@ def round_up(size: int) -> int:
     return -(-size // GRAIN) * GRAIN
 
 
-def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[Variant, ...]:
+def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[StepShape, ...]:
     """Step shapes for sets of the given sizes, and one for the whole length.
 
-    At most `MOST_VARIANTS`: neighbouring sizes share the capacity of the largest of them.
+    At most `MOST_SHAPES`: neighbouring sizes share the capacity of the largest of them.
     """
     distinct = sorted({min(size, geo.length) for size in sizes if size > 0} - {geo.length})
-    groups = np.array_split(np.asarray(distinct), min(MOST_VARIANTS - 1, len(distinct) or 1))
+    groups = np.array_split(np.asarray(distinct), min(MOST_SHAPES - 1, len(distinct) or 1))
     capacities = [int(group[-1]) for group in groups if len(group)]
-    return tuple(map(Variant, [*capacities, geo.length]))
+    return tuple(map(StepShape, [*capacities, geo.length]))
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -178,10 +137,13 @@ class CacheMethod:
           ValueError: one sentence that says what would be right.
         """
         decode.check(config)
-        if decode.strategy == "wino" and self.keeps:
+        decode.strategy.check_cache(self.name, self.keeps)
+        if self.needs_order and not decode.strategy.ordered:
+            ordered = [name for name, strategy in STRATEGIES.items() if strategy.ordered]
             raise ValueError(
-                f"cache is {self.name!r}, which keeps keys and values; the strategy 'wino' has no "
-                "meaning with that, so take the cache 'none'."
+                f"{decode.strategy.spelling} is an order that depends on confidence; the cache "
+                f"{self.name!r} must know the next tokens before the step, so take the strategy "
+                f"{' or '.join(ordered)}."
             )
         self.check_settings(config, decode)
 
@@ -189,18 +151,22 @@ class CacheMethod:
         """The method's own part of `check`."""
         del config, decode
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         """The few step shapes that the method can ask for, by ascending capacity."""
-        return (Variant(geo.length),)
+        return (StepShape(geo.length),)
 
     def init(self, geo: Geometry) -> PyTree:
         """Memory of one row before the first step."""
         del geo
         return ()
 
-    def restrict(self, row: Row, geo: Geometry) -> Row:
-        """Narrows what a step may fill, and how much of it, where the method has a say."""
-        del geo
+    def canvas(self, canvas: Canvas) -> Canvas:
+        """How the canvas is divided, where the method does not take what the user wants."""
+        return canvas
+
+    def restrict(self, memory: PyTree, row: Row, geo: Geometry) -> Row:
+        """Narrows what a step may fill, how much of it, and what its queries may attend to."""
+        del memory, geo
         return row
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
@@ -220,54 +186,52 @@ class CacheMethod:
         del row, obs, geo
         return memory
 
-    def variant_id(
-        self, rows: Row, selected_BL: Bool[Array, "B L"], geo: Geometry
-    ) -> Int[Array, ""]:
-        """Which variant the next step takes: the smallest that holds every row's set.
+    def serves(
+        self, row: Row, selected_L: Bool[Array, " L"], geo: Geometry
+    ) -> Bool[Array, " shapes"]:
+        """Which of `step_shapes` do for a row; the loop takes the first that does for all.
 
-        A set larger than the largest variant is an error of the method. `rows` is stacked over B.
+        The last one must do for any row.
         """
-        del rows
-        counts_B = jnp.sum(selected_BL, axis=-1, dtype=jnp.int32)
-        capacities = jnp.asarray([variant.capacity for variant in self.variants(geo)], jnp.int32)
-        return jnp.sum(jnp.max(counts_B) > capacities[:-1], dtype=jnp.int32)
+        del row
+        capacities = jnp.asarray([shape.capacity for shape in self.step_shapes(geo)], jnp.int32)
+        return jnp.sum(selected_L, dtype=jnp.int32) <= capacities
 
-    def init_cache(
-        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
-    ) -> tuple[PyTree, ...]:
-        """One pytree per layer, for the whole batch: every leaf is `[B, ...]`.
-
-        Wide forwards see some rows of it at a time (`dlm_jax/turns.py`).
-        """
-        shape = (batch, config.num_kv_heads, geo.length, config.head_dim)
+    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+        """What is kept of one row, a pytree per layer."""
+        shape = (config.num_kv_heads, geo.length, config.head_dim)
         return tuple(
             KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
         )
 
-    def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> PyTree:
-        """What the layer functions accumulate from, `[B, ...]`; `rows` is stacked over B.
+    def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> PyTree:
+        """What the layer functions accumulate from; `index_Q` are the slots of the queries.
 
         In a row's first step it must follow from its tokens and its queries: rows that are equal in
         these are then computed once.
         """
-        del rows, queries, geo
+        del row, index_Q, geo
         return ()
 
     def layers(
-        self, variant: Variant, config: Config, geo: Geometry
+        self, shape: StepShape, config: Config, geo: Geometry
     ) -> tuple[tuple[int, int, LayerFn], ...]:
-        """`(low, high, layer function)` ranges that cover all layers."""
-        del variant, geo
+        """`(low, high, layer function)` ranges that cover all layers.
+
+        A layer function sees all rows at once, or some of them in any order (`turns.py`); what it
+        does to a row must not depend on the others.
+        """
+        del shape, geo
         return ((0, config.num_layers, kv_layer),)
 
     def layer_sets(
-        self, selected_BL: Bool[Array, "B L"], acc: PyTree, config: Config
-    ) -> tuple[Bool[Array, "B L"], ...]:
+        self, selected_L: Bool[Array, " L"], acc: PyTree, config: Config
+    ) -> tuple[Bool[Array, " L"], ...]:
         """The positions whose queries each layer asked for in a step."""
         del acc
-        return (selected_BL,) * config.num_layers
+        return (selected_L,) * config.num_layers
 
-    def slots(self, variant: Variant, config: Config, geo: Geometry) -> float:
+    def width(self, shape: StepShape, config: Config, geo: Geometry) -> float:
         """Query slots that a step of this shape computes per row, mean over the layers."""
         del config, geo
-        return float(variant.capacity)
+        return float(shape.capacity)

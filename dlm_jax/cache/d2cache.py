@@ -16,9 +16,7 @@ from dlm_jax import ranking
 from dlm_jax.cache.base import (
     KV,
     CacheMethod,
-    Observation,
-    Row,
-    Variant,
+    StepShape,
     attend_cached,
     buckets,
     check_number,
@@ -26,6 +24,7 @@ from dlm_jax.cache.base import (
     round_up,
 )
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, sources
 from dlm_jax.queries import Queries
@@ -49,8 +48,8 @@ class Rollout(NamedTuple):
     stay those of the identity, and only the rows of the queries are kept.
     """
 
-    rows_BQL: Float[Array, "B Q L"]
-    index_BQ: Int[Array, "B Q"]
+    rows_BQL: Float[Array, "*B Q L"]
+    index_BQ: Int[Array, "*B Q"]
     """Slots of the rows; L marks an empty one, whose row is zero."""
 
 
@@ -96,10 +95,10 @@ class D2Cache(CacheMethod):
                 "take another one."
             )
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         # The positions of a nucleus weigh more than the average, so they are no more than its
         # share of all; gaps that are filled add about as much again.
-        most = self.current_k + geo.quota + int(self.rollout_p * geo.length) + 1
+        most = self.current_k + geo.most_per_step + int(self.rollout_p * geo.length) + 1
         if self.inflate_w:
             most *= 2
         sizes = (int(most * share) for share in (0.3, 0.45, 0.6, 0.8, 1.0))
@@ -138,7 +137,7 @@ class D2Cache(CacheMethod):
         soon_L = jnp.pad(soon_G, (prompt, 0))
         needed_L = sources(soon_L, row.valid_L, geo.shift)
         generated_L = jnp.arange(geo.length) >= prompt
-        selected_L = (needed_L & generated_L) | obs.committed_L
+        selected_L = (needed_L & generated_L) | obs.chosen_L
 
         # Stage two: a nucleus of the attention that the other positions received.
         received_L = jnp.sum(obs.acc.rows_BQL, axis=0) + jnp.where(obs.computed_L, 0.0, 1.0)
@@ -151,14 +150,14 @@ class D2Cache(CacheMethod):
             selected_L = _fill_gaps(selected_L, self.inflate_w)
         return Choice(selected_L, confidence_L)
 
-    def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> Rollout:
-        del rows
-        return Rollout(jax.nn.one_hot(queries.index_BQ, geo.length), queries.index_BQ)
+    def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> Rollout:
+        del row
+        return Rollout(jax.nn.one_hot(index_Q, geo.length), index_Q)
 
     def layers(
-        self, variant: Variant, config: Config, geo: Geometry
+        self, shape: StepShape, config: Config, geo: Geometry
     ) -> tuple[tuple[int, int, LayerFn], ...]:
-        del variant, geo
+        del shape, geo
         return ((0, config.num_layers, _rollout_layer),)
 
 
@@ -168,7 +167,7 @@ def _rollout_layer(
     """`kv_layer` that also rolls the attention of the queries out over the layer."""
     hidden, rollout = carry
     hidden, layer_cache, weights_BKRQL = attend_cached(block, hidden, layer_cache, queries)
-    rollout = _roll(rollout, weights_BKRQL, queries.valid_BL)
+    rollout = _roll(rollout, weights_BKRQL, queries.slots.valid_BL)
     return (hidden + block.ffn(hidden), rollout), layer_cache
 
 

@@ -18,15 +18,13 @@ from dlm_jax import ranking
 from dlm_jax.cache.base import (
     GRAIN,
     CacheMethod,
-    Observation,
-    Row,
-    Variant,
+    StepShape,
     buckets,
     check_whole,
     round_up,
 )
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.sampler import ALGORITHMS
+from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, sources
 from dlm_jax.typing import Array, Bool, Int, PyTree
@@ -82,7 +80,7 @@ class DKVDecode(CacheMethod):
     def check_settings(self, config: Config, decode: DecodeConfig) -> None:
         _check_shift(config, self.shift_type)
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return _shrinking(geo)
 
     def init(self, geo: Geometry) -> PyTree:
@@ -109,7 +107,7 @@ class DKVPrefill(CacheMethod):
     name: ClassVar[str] = "dkv-prefill"
     lockstep: ClassVar[bool] = True
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets([geo.gen + geo.shift], geo)
 
     def init(self, geo: Geometry) -> Bool[Array, " L"]:
@@ -159,7 +157,7 @@ class DKVGreedy(CacheMethod):
     The next tokens must be known before the step, so the order must be drawn in advance. With a
     shift, what the next tokens need are their predecessors, and the window lies around those.
 
-    Memory: what the previous step committed, and what was masked before it.
+    Memory: what the previous step filled, and what was masked before it.
 
     Attributes:
       cache_steps: everything is computed in every so manieth step of a block, from the first on.
@@ -178,35 +176,26 @@ class DKVGreedy(CacheMethod):
         check_whole("cache_steps", self.cache_steps, 1)
         check_whole("window_size", self.window_size, 0)
 
-    def check_settings(self, config: Config, decode: DecodeConfig) -> None:
-        if not ALGORITHMS[decode.alg].drawn:
-            drawn = ", ".join(name for name, measure in ALGORITHMS.items() if measure.drawn)
-            raise ValueError(
-                f"alg is {decode.alg!r}, an order that depends on confidence; the cache "
-                f"{self.name!r} must know the next tokens before the step, so set alg to {drawn}."
-            )
-
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
-        return buckets([geo.quota * (2 + self.window_size)], geo)
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
+        return buckets([geo.most_per_step * (2 + self.window_size)], geo)
 
     def init(self, geo: Geometry) -> PyTree:
         nothing_L = jnp.zeros(geo.length, bool)
-        return dict(committed_L=nothing_L, masked_L=nothing_L)
+        return dict(chosen_L=nothing_L, masked_L=nothing_L)
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         needed_L = sources(row.next_L, row.valid_L, geo.shift)
-        chosen_L = memory["committed_L"] | needed_L
+        chosen_L = memory["chosen_L"] | needed_L
         refresh = row.block_step % self.cache_steps == 0
         return refresh | self._with_windows(chosen_L, memory["masked_L"], row, geo)
 
     def observe(self, memory: PyTree, row: Row, obs: Observation, geo: Geometry) -> PyTree:
-        return dict(committed_L=obs.committed_L, masked_L=row.masked_L)
+        return dict(chosen_L=obs.chosen_L, masked_L=row.masked_L)
 
     def _with_windows(
         self, chosen_L: Bool[Array, " L"], masked_L: Bool[Array, " L"], row: Row, geo: Geometry
     ) -> Bool[Array, " L"]:
         """Adds, for one of the next tokens after the other, the nearest masks not yet chosen."""
-        assert row.order_L is not None  # or `check` would have refused
         slot_L = jnp.arange(geo.length)
         place_L = ranking.rank(-row.order_L, row.eligible_L)
 
@@ -221,10 +210,11 @@ class DKVGreedy(CacheMethod):
             )
             return chosen_L | nearest_L
 
-        return jax.lax.fori_loop(0, geo.quota, add, chosen_L) if self.window_size else chosen_L
+        tokens = geo.most_per_step if self.window_size else 0
+        return jax.lax.fori_loop(0, tokens, add, chosen_L)
 
 
-def _shrinking(geo: Geometry) -> tuple[Variant, ...]:
+def _shrinking(geo: Geometry) -> tuple[StepShape, ...]:
     """Step shapes for what is left of the generated part, and of its predecessors."""
     largest = round_up(geo.gen + geo.shift)
     return buckets(range(GRAIN, largest + 1, GRAIN), geo)

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
 from dlm_jax import ranking
-from dlm_jax.cache.base import CacheMethod, Row, Variant, check_number, check_whole
+from dlm_jax.cache.base import CacheMethod, StepShape, check_number, check_whole
+from dlm_jax.decoding.rows import Row
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, plain_layer
 from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
 PROMPT, RESPONSE = 1, 2
-"""Bits of `Variant.mode`: what is refreshed."""
+"""Bits of `StepShape.mode`: what is refreshed."""
 
 
 class Features(NamedTuple):
@@ -39,9 +40,9 @@ class Features(NamedTuple):
 class Refresh(NamedTuple):
     """Accumulator of the layers: what the rows refresh now, and what each layer selected."""
 
-    prompt_B: Bool[Array, " B"]
-    response_B: Bool[Array, " B"]
-    selected: tuple[Bool[Array, "B L"], ...]
+    prompt_B: Bool[Array, "*B"]
+    response_B: Bool[Array, "*B"]
+    selected: tuple[Bool[Array, "*B L"], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,47 +70,46 @@ class DLLMCache(CacheMethod):
         """Response positions that are computed between refreshes."""
         return int(geo.gen * self.rou)
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
-        return tuple(Variant(geo.length, mode) for mode in (0, PROMPT, RESPONSE, PROMPT | RESPONSE))
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
+        modes = (0, PROMPT, RESPONSE, PROMPT | RESPONSE)
+        return tuple(StepShape(geo.length, mode) for mode in modes)
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         del memory, geo
         return row.valid_L
 
-    def variant_id(
-        self, rows: Row, selected_BL: Bool[Array, "B L"], geo: Geometry
-    ) -> Int[Array, ""]:
-        del selected_BL, geo
-        prompt_B, response_B = self._due(rows)
-        return PROMPT * jnp.any(prompt_B).astype(jnp.int32) + RESPONSE * jnp.any(response_B).astype(
-            jnp.int32
-        )
+    def serves(
+        self, row: Row, selected_L: Bool[Array, " L"], geo: Geometry
+    ) -> Bool[Array, " shapes"]:
+        del selected_L
+        modes = jnp.asarray([shape.mode for shape in self.step_shapes(geo)], jnp.int32)
+        prompt, response = self._due(row)
+        due = PROMPT * prompt.astype(jnp.int32) + RESPONSE * response.astype(jnp.int32)
+        return (modes & due) == due
 
-    def init_cache(
-        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
-    ) -> tuple[PyTree, ...]:
-        kv = jnp.zeros((batch, config.num_kv_heads, geo.length, config.head_dim), dtype)
-        added = jnp.zeros((batch, geo.length, config.width), dtype)
+    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+        kv = jnp.zeros((config.num_kv_heads, geo.length, config.head_dim), dtype)
+        added = jnp.zeros((geo.length, config.width), dtype)
         return ((), *(Features(kv, kv, added, added) for _ in range(1, config.num_layers)))
 
-    def init_acc(self, rows: Row, queries: Queries, geo: Geometry) -> Refresh:
-        del queries, geo
-        return Refresh(*self._due(rows), selected=())
+    def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> Refresh:
+        del index_Q, geo
+        return Refresh(*self._due(row), selected=())
 
     def layers(
-        self, variant: Variant, config: Config, geo: Geometry
+        self, shape: StepShape, config: Config, geo: Geometry
     ) -> tuple[tuple[int, int, LayerFn], ...]:
-        layer = functools.partial(_layer, method=self, mode=variant.mode, geo=geo)
+        layer = functools.partial(_layer, method=self, mode=shape.mode, geo=geo)
         return ((0, 1, plain_layer), (1, config.num_layers, layer))
 
     def layer_sets(
-        self, selected_BL: Bool[Array, "B L"], acc: Refresh, config: Config
-    ) -> tuple[Bool[Array, "B L"], ...]:
+        self, selected_L: Bool[Array, " L"], acc: Refresh, config: Config
+    ) -> tuple[Bool[Array, " L"], ...]:
         del config
-        return (selected_BL, *acc.selected)
+        return (selected_L, *acc.selected)
 
-    def slots(self, variant: Variant, config: Config, geo: Geometry) -> float:
-        later = self.capacity(variant.mode, geo)
+    def width(self, shape: StepShape, config: Config, geo: Geometry) -> float:
+        later = self.capacity(shape.mode, geo)
         return (geo.length + (config.num_layers - 1) * later) / config.num_layers
 
     def capacity(self, mode: int, geo: Geometry) -> int:
@@ -117,10 +117,10 @@ class DLLMCache(CacheMethod):
         response = geo.gen if mode & RESPONSE else self.changed(geo)
         return response + (geo.prompt if mode & PROMPT else 0)
 
-    def _due(self, rows: Row) -> tuple[Bool[Array, " B"], Bool[Array, " B"]]:
-        """Which rows refresh their prompt now, and which their response."""
-        active_B = jnp.any(rows.eligible_L, axis=-1)
-        return active_B & (rows.step % self.kp == 0), active_B & (rows.step % self.kr == 0)
+    def _due(self, row: Row) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
+        """Whether a row refreshes its prompt now, and whether its response."""
+        active = jnp.any(row.eligible_L)
+        return active & (row.step % self.kp == 0), active & (row.step % self.kr == 0)
 
 
 def _layer(
@@ -170,13 +170,13 @@ def _layer(
 
     capacity = method.capacity(mode, geo)
     if capacity:
-        chosen = queries_lib.pack(selected_BL, queries.slots, capacity)
+        chosen = queries_lib.pack(selected_BL, queries.slots, queries.attended_BL, capacity)
         normed_BQD = queries_lib.gather(normed, chosen.index_BQ)
         k_BKLH = queries_lib.scatter_heads(
             k_BKLH, block.key(normed_BQD, chosen.rotary_BQH), chosen.index_BQ
         )
         q_BQNH = block.query(normed_BQD, chosen.rotary_BQH)
-        out_BQD, _ = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.valid_BL[:, None, :])
+        out_BQD, _ = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.attended_BL[:, None, :])
         attention_BLD = queries_lib.scatter(attention_BLD, out_BQD, chosen.index_BQ)
     hidden = hidden + attention_BLD
     if capacity:

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from dlm_jax.cache.base import CacheMethod, Row, Variant, buckets
+from dlm_jax.cache.base import CacheMethod, StepShape, buckets
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.rows import Row
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, sources
 from dlm_jax.typing import Array, Bool, PyTree
@@ -55,17 +56,17 @@ class Prefix(CacheMethod):
     def _first_column(self) -> bool:
         return self.block_start == "first-column"
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets((n * geo.block for n in range(1, geo.num_blocks + 1)), geo)
 
-    def restrict(self, row: Row, geo: Geometry) -> Row:
+    def restrict(self, memory: PyTree, row: Row, geo: Geometry) -> Row:
         if not self._first_column:
             return row
         first_L = jnp.arange(geo.length) == geo.prompt + row.block * geo.block
         # Where nothing is generated, there is no first column either.
         full = (row.block_step == 0) & jnp.any(row.eligible_L & first_L)
         return row._replace(
-            eligible_L=row.eligible_L & (first_L | ~full), quota=jnp.where(full, 1, row.quota)
+            eligible_L=row.eligible_L & (first_L | ~full), least=jnp.where(full, 1, row.least)
         )
 
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
@@ -91,7 +92,7 @@ class Dual(Prefix):
 
     name: ClassVar[str] = "dual"
 
-    def variants(self, geo: Geometry) -> tuple[Variant, ...]:
+    def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets([geo.block], geo)
 
     def _window(self, row: Row, geo: Geometry) -> Bool[Array, " L"]:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from dlm_jax.cache.base import CacheMethod, Row, Variant
+from dlm_jax.cache.base import CacheMethod, StepShape
+from dlm_jax.decoding.rows import Row
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, LayerFn, plain_layer
 from dlm_jax.typing import Array, Bool, DTypeLike, PyTree
@@ -20,14 +21,12 @@ class NoCache(CacheMethod):
         del memory, geo
         return row.valid_L
 
-    def init_cache(
-        self, config: Config, geo: Geometry, batch: int, dtype: DTypeLike
-    ) -> tuple[PyTree, ...]:
-        del geo, batch, dtype
+    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+        del geo, dtype
         return ((),) * config.num_layers
 
     def layers(
-        self, variant: Variant, config: Config, geo: Geometry
+        self, shape: StepShape, config: Config, geo: Geometry
     ) -> tuple[tuple[int, int, LayerFn], ...]:
-        del variant, geo
+        del shape, geo
         return ((0, config.num_layers, plain_layer),)

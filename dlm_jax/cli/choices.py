@@ -67,8 +67,8 @@ def token_freq(args: argparse.Namespace, config: Config, decode: DecodeConfig) -
     """
     if args.debias is None:
         return None
-    if not (decode.measure.is_probability and decode.measure.ranks):
-        right = [name for name, m in ALGORITHMS.items() if m.is_probability and m.ranks]
+    if not decode.debiasable:
+        right = [name for name, measure in ALGORITHMS.items() if measure.is_probability]
         raise ValueError(
             f"--debias calibrates probabilities, and alg {decode.alg!r} does not compare any; add "
             f"--alg {' or '.join(right)}."

@@ -1,28 +1,23 @@
 """Which decoding settings are refused, and in which words.
 
 Every refusal is a `ValueError` of one sentence that names the argument, its value and what would be
-right. Numbers that are traced are taken as they are.
+right. Numbers that are traced are taken as they are. What a strategy refuses, it says itself
+(`strategies/`), and so does a cache method (`dlm_jax/cache/`).
 """
 
 import math
-import operator
 from collections.abc import Iterable
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jax.core import Tracer
-
+from dlm_jax.decoding import strategies
 from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.decoding.schedule import SCHEDULES
+from dlm_jax.decoding.settings import check_number, check_whole, positive
 from dlm_jax.models import Config
 
 if TYPE_CHECKING:
     from dlm_jax.decoding.config import DecodeConfig
-
-RULES = ("threshold", "factor", "gamma")
-"""Fields that let confidence decide how many tokens a step commits."""
-STRATEGIES = ("klass", "wino")
-"""Ways to decode that look beyond one step's confidences; each is a module of that name."""
 
 
 def check(decode: "DecodeConfig") -> None:
@@ -30,28 +25,14 @@ def check(decode: "DecodeConfig") -> None:
     _one_of("alg", decode.alg, ALGORITHMS)
     if decode.schedule is not None:
         _one_of("schedule", decode.schedule, SCHEDULES)
-    if decode.strategy is not None:
-        _one_of("strategy", decode.strategy, STRATEGIES)
     _check_numbers(decode)
-    _check_rule(decode)
-    if not decode.measure.ranks:
-        _check_unranked(decode)
-    if decode.alg == "entropy":
-        _check_negative(decode)
-    if decode.strategy == "klass":
-        _check_klass(decode)
-    if decode.strategy == "wino":
-        _check_wino(decode)
+    _check_strategy(decode)
     _check_length(decode)
 
 
 def check_model(decode: "DecodeConfig", config: Config) -> None:
     """Refuses a model that the decoding has no meaning for."""
-    if decode.strategy == "wino" and config.shift:
-        raise ValueError(
-            "strategy is 'wino', which checks a token by predicting it at its own position; "
-            f"{config.family} predicts it at the one before, so take another strategy."
-        )
+    decode.strategy.check_model(config)
     for name, ids in (("eos_id", (decode.eos_id,)), ("suppress", decode.suppress)):
         for token in ids:
             if token is not None and not 0 <= token < config.vocab_size:
@@ -64,128 +45,69 @@ def check_model(decode: "DecodeConfig", config: Config) -> None:
         raise ValueError("suppress has every token; leave some that can be predicted.")
 
 
-def concrete(value: Any) -> bool:
-    """Whether something is given and known."""
-    return value is not None and not isinstance(value, Tracer)
-
-
-def positive(value: Any) -> bool:
-    """Whether a number that 0 switches off is on; a traced one is."""
-    return value is not None and (isinstance(value, Tracer) or bool(value > 0))
-
-
 def _check_numbers(decode: "DecodeConfig") -> None:
-    for name in ("gen_length", "block_length", "steps", "num_transfer_tokens", "kl_history_length"):
+    for name in ("gen_length", "block_length", "steps", "num_transfer_tokens"):
         value = getattr(decode, name)
         optional = name in ("block_length", "steps")
         if not (isinstance(value, Integral) or (optional and value is None)) or value is True:
             raise ValueError(f"{name} is {value}; it must be a whole number.")
-    for name in ("num_transfer_tokens", "kl_history_length", "max_forwards", "top_k"):
-        value = getattr(decode, name)
-        if concrete(value) and _index(value) < 1:
-            raise ValueError(f"{name} is {value}; it must be a whole number from 1 on.")
+    for name in ("num_transfer_tokens", "max_forwards", "top_k"):
+        check_whole(name, getattr(decode, name), 1)
     if not isinstance(decode.suppress, tuple) or not all(
         isinstance(token, Integral) for token in decode.suppress
     ):
         raise ValueError(f"suppress is {decode.suppress!r}; it must be a tuple of token ids.")
     if not 0.0 < decode.eps < 1.0:
         raise ValueError(f"eps is {decode.eps}; it must lie between 0 and 1.")
-    if concrete(decode.top_p) and not 0 < decode.top_p <= 1:
-        raise ValueError(f"top_p is {decode.top_p}; it must lie in (0, 1].")
-    for name in ("temperature", "alg_temp", "gamma", "cfg_scale"):
-        value = getattr(decode, name)
-        if concrete(value) and not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}; it must be 0 or above.")
-    for name in ("factor", "sigma", "clip_alpha", "kl_threshold"):
-        value = getattr(decode, name)
-        if concrete(value) and not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0.")
-    for name in ("threshold", "wide_in_thres", "narrow_out_thres"):
-        value = getattr(decode, name)
-        if concrete(value) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; it must be a confidence.")
-    for name in ("clip_alpha", "kl_threshold", "wide_in_thres", "narrow_out_thres"):
-        if getattr(decode, name) is None:
-            raise ValueError(f"{name} is None; it must be a number.")
+    check_number("top_p", decode.top_p, "lie in (0, 1]", above=0, most=1)
+    for name in ("temperature", "alg_temp", "cfg_scale"):
+        check_number(name, getattr(decode, name), "be 0 or above", least=0)
+    if decode.clip_alpha is None:
+        raise ValueError("clip_alpha is None; it must be a number.")
+    for name in ("sigma", "clip_alpha"):
+        check_number(name, getattr(decode, name), "be above 0", above=0, most=math.inf)
 
 
-def _check_rule(decode: "DecodeConfig") -> None:
-    given = _rules(decode)
-    if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} are both given; one of them decides how many tokens a step "
-            "commits."
-        )
-    if decode.schedule == "capped" and not decode.parallel:
-        raise ValueError(
-            f"schedule is 'capped', which limits a rule; give one of {', '.join(RULES)}."
-        )
+def _check_strategy(decode: "DecodeConfig") -> None:
+    """What the strategy has no meaning with."""
+    strategy = decode.strategy
+    if decode.schedule == "capped" and "capped" not in strategy.schedules:
+        rules = ", ".join(strategies.shorthands())
+        raise ValueError(f"schedule is 'capped', which limits a rule; give one of {rules}.")
     if decode.schedule is not None and decode.schedule not in decode.schedules:
         raise ValueError(
-            f"schedule is {decode.schedule!r}; with {_decider(decode)} it must be "
+            f"schedule is {decode.schedule!r}; with {strategy.spelling} it must be "
             f"{' or '.join(map(repr, decode.schedules))}, or left out."
         )
-    if decode.draws_positions and decode.parallel:
+    drawn = positive(decode.alg_temp)
+    if drawn and strategy.adaptive:
         raise ValueError(
             f"alg_temp is {decode.alg_temp}, which draws the positions of a step; with "
-            f"{_decider(decode)} leave it out."
+            f"{strategy.spelling} leave it out."
         )
-
-
-def _check_unranked(decode: "DecodeConfig") -> None:
-    ranked = [*_rules(decode), *(["sigma"] if decode.sigma is not None else [])]
-    ranked += ["alg_temp"] if decode.draws_positions else []
-    ranked += [decode.strategy] if decode.strategy is not None else []
-    if ranked:
+    for name, given in (("sigma", decode.sigma is not None), ("alg_temp", drawn)):
+        if given and not strategy.ranks:
+            raise ValueError(
+                f"{name} is {getattr(decode, name)}, but {strategy.spelling} ignores confidence; "
+                "leave one of them out."
+            )
+    if decode.sigma is not None and decode.measure.negative:
         raise ValueError(
-            f"alg is {decode.alg!r}, which ignores confidence; with {ranked[0]} it must be "
-            f"one of {', '.join(name for name, m in ALGORITHMS.items() if m.ranks)}."
+            f"alg is {decode.alg!r}, whose confidences are never above 0; sigma, which multiplies "
+            "them, would favour what is least known, so take 'maskgit_plus' or 'topk_margin'."
         )
-
-
-def _check_negative(decode: "DecodeConfig") -> None:
-    if concrete(decode.threshold) and decode.threshold > 0:
-        raise ValueError(
-            f"threshold is {decode.threshold}, but confidences of alg 'entropy' are never above 0; "
-            "take alg 'maskgit_plus' or 'topk_margin'."
-        )
-    if decode.sigma is not None:
-        raise ValueError(
-            "alg is 'entropy', whose confidences are never above 0; sigma, which multiplies them, "
-            "would favour what is least known, so take 'maskgit_plus' or 'topk_margin'."
-        )
-
-
-def _check_klass(decode: "DecodeConfig") -> None:
-    if _rules(decode) not in (["threshold"], ["factor"]):
-        raise ValueError(
-            "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
-            "one of these two."
-        )
-
-
-def _check_wino(decode: "DecodeConfig") -> None:
-    other = [*_rules(decode), *(["cfg_scale"] if decode.guided else [])]
-    other += ["infill"] if decode.infill else []
-    if other:
-        raise ValueError(
-            f"strategy is 'wino', which has no meaning with {other[0]}; leave that out."
-        )
-    if not decode.measure.is_probability:
-        raise ValueError(
-            f"alg is {decode.alg!r}; the strategy 'wino' compares probabilities, so it must "
-            "be 'low_confidence' or 'maskgit_plus'."
-        )
+    strategy.check(decode)
 
 
 def _check_length(decode: "DecodeConfig") -> None:
     """What the numbers of tokens, steps and forwards say together."""
+    strategy = decode.strategy
     if decode.pace == "fixed" and decode.steps is not None:
         if decode.schedule is None:
-            capped = ", or set schedule='capped' to make them the fewest"
+            fewest = ", or set schedule='capped' to make them the fewest"
             raise ValueError(
-                f"steps is {decode.steps}, but {_decider(decode)} decides how many tokens a step "
-                f"commits; leave steps out{capped if decode.strategy is None else ''}."
+                f"steps is {decode.steps}, but {strategy.spelling} decides how many tokens a step "
+                f"commits; leave steps out{fewest if 'capped' in strategy.schedules else ''}."
             )
         raise ValueError(
             f"steps is {decode.steps}, but the schedule 'fixed' counts tokens; leave steps out "
@@ -210,25 +132,6 @@ def _check_length(decode: "DecodeConfig") -> None:
             "gen_length is 0; it must be at least 1 unless infill=True has the masks of the "
             "prompt filled."
         )
-
-
-def _rules(decode: "DecodeConfig") -> list[str]:
-    return [name for name in RULES if getattr(decode, name) is not None]
-
-
-def _decider(decode: "DecodeConfig") -> str:
-    """What decides how many tokens a step commits, as an argument is written."""
-    if decode.strategy is not None:
-        return f"strategy={decode.strategy!r}"
-    return next(iter(_rules(decode)), f"alg={decode.alg!r}")
-
-
-def _index(value: Any) -> int:
-    """A whole number; 0 for what is none."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return 0
 
 
 def _one_of(name: str, value: str, table: Iterable[str]) -> None:

@@ -1,58 +1,31 @@
 """`DecodeConfig`: everything a user chooses about decoding, validated when it is made."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from dlm_jax import models
-from dlm_jax.decoding import checks
-from dlm_jax.decoding.checks import concrete, positive
+from dlm_jax.decoding import checks, strategies
 from dlm_jax.decoding.sampler import ALGORITHMS, Measure
 from dlm_jax.decoding.schedule import SCHEDULES, Schedule
+from dlm_jax.decoding.settings import Number, concrete, nested, number, positive, settings
+from dlm_jax.decoding.strategies import Strategy
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
-from dlm_jax.typing import Array, Float, Int
 
 if TYPE_CHECKING:
     import dlm_jax.cache.base
 
-Number = Float[Array, ""] | None
 
-
-class Numbers(NamedTuple):
-    """The values of a `DecodeConfig` that shape nothing, hence traced; None switches one off.
-
-    Switching on or off changes the compiled program, another value does not.
-    """
-
-    temperature: Number = None
-    top_p: Number = None
-    top_k: Int[Array, ""] | None = None
-    alg_temp: Number = None
-    threshold: Number = None
-    factor: Number = None
-    gamma: Number = None
-    sigma: Number = None
-    clip_alpha: Number = None
-    kl_threshold: Number = None
-    wide_in_thres: Number = None
-    narrow_out_thres: Number = None
-    cfg_scale: Number = None
-    max_forwards: Int[Array, ""] | None = None
-
-    def sampling(self) -> dict[str, Any]:
-        """What `sampler.sample` wants of them."""
-        return dict(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class DecodeConfig:
-    """How a canvas of masks becomes text. Hashable, hence static under jit.
+    """How a canvas of masks becomes text. A pytree whose leaves are the numbers that shape nothing.
 
     The defaults are LLaDA's schedule and confidence on one block; `for_model` takes what the
-    original of the model at hand does. docs/decoding.md tells the strategies apart. Of the numbers,
-    only `num_transfer_tokens`, `eps`, the lengths and `steps` shape the compiled program.
+    original of the model at hand does. docs/decoding.md tells the strategies apart. Another value
+    of a leaf (`temperature` to `cfg_scale`, `max_forwards`, and the numbers of a strategy) compiles
+    nothing; switching one on or off does, and so does everything else.
 
     Attributes:
       gen_length: G, tokens to generate; 0 only fills the masks in the prompt (`infill`).
@@ -61,37 +34,32 @@ class DecodeConfig:
       steps: denoising steps (model forwards) over the whole generation, split evenly over the
         blocks; None means one per generated token. Unused by the schedule `fixed`.
       schedule: how many tokens each step commits, a key of `schedule.SCHEDULES`; None takes the one
-        that `alg` or a rule needs, `fixed` for infilling without `steps`, or else `even`.
-      num_transfer_tokens: tokens per step of the schedule `fixed`; with a rule, the least (with
-        `klass`, only where nothing that has settled is sure).
+        that the strategy needs, `fixed` for infilling without `steps`, or else `even`.
+      num_transfer_tokens: tokens per step of the schedule `fixed`; where a strategy looks at
+        confidences to decide how many, the least.
       eps: last time of the schedule `timestep`.
-      alg: what a confidence is, a key of `sampler.ALGORITHMS`; or `random` (an order drawn in
-        advance), or Dream's `origin` (every mask by itself, as probable as the timestep says).
-      temperature: 0 takes the most probable token, above 0 samples.
-      top_p: nucleus filter in (0, 1]; None switches it off.
+      strategy: which positions a step commits: a `Strategy`, whose name makes one as well. The
+        default takes the surest, as many as the schedule says.
+      threshold: short for `strategy=Threshold(threshold)`, which commits every token at least this
+        sure; with the name of a strategy that narrows a rule, that rule. Like the next two an
+        argument only: `strategy` holds it.
+      factor: the same for `Factor`: the n surest tokens, n the largest with (n + 1)(1 - confidence
+        of the n-th) below it.
+      gamma: the same for `EntropyBound`: as long as entropies, the largest one left out, sum up to
+        at most this many nats.
+      alg: what a confidence is, a key of `sampler.ALGORITHMS`. `random` and `origin`, which the
+        originals name here, are short for the strategies of these names.
+      temperature: 0 or None takes the most probable token, above 0 samples.
+      top_p: nucleus filter in (0, 1]; 1 or None switches it off.
       top_k: keeps the k most probable tokens; None switches it off.
       alg_temp: above 0, the positions of a step are drawn from the softmax of confidence divided
         by it (Dream); None or 0 takes the surest.
-      threshold: rule: commits every token at least this sure (Fast-dLLM, arXiv 2505.22618).
-      factor: rule: commits the n surest tokens, n the largest with (n + 1)(1 - confidence of the
-        n-th) below it (Fast-dLLM).
-      spare_last: with `factor`, leave out the least sure position where the rule would take all, as
-        the d2Cache framework does by mistake.
-      gamma: rule: commits the surest tokens as long as their entropies, the largest one left out,
-        sum up to at most this many nats (EB-Sampler, arXiv 2505.24857).
       sigma: certainty-prior guidance: a confidence counts in proportion to how much is known
         around, with a Gaussian of this width in positions (d2Cache, arXiv 2509.23094); None: off.
       clip_alpha: the most that a debiased confidence can be (PC-Sampler); see the argument
         `token_freq` of `diffusion_generate`.
-      strategy: `klass` (arXiv 2511.05664: of the tokens that the rule finds sure, only those whose
-        distribution has settled), `wino` (arXiv 2507.18578: commits what is sure of a block, and
-        revokes what the rest makes unsure), or None.
-      kl_threshold: for `klass`, a distribution has settled when its divergence from the one before
-        was below this, in nats, ...
-      kl_history_length: ... for so many steps.
-      wide_in_thres: for `wino`, how sure a token must be to be committed.
-      narrow_out_thres: for `wino`, what it must stay above in order not to be revoked.
-      cfg_scale: classifier-free guidance, at twice the computation; 0 switches it off (LLaDA).
+      cfg_scale: classifier-free guidance, at twice the computation; 0 or None switches it off
+        (LLaDA).
       stop_until_eos: a row is done once everything before its first end-of-text token is decided;
         what is then a mask stays one.
       fill_past_eos: with `stop_until_eos`, a row that is not done yet may also commit tokens of its
@@ -119,23 +87,18 @@ class DecodeConfig:
     schedule: str | None = None
     num_transfer_tokens: int = 1
     eps: float = 1e-3
+    strategy: Any = nested(None)
+    threshold: dataclasses.InitVar[Number] = None
+    factor: dataclasses.InitVar[Number] = None
+    gamma: dataclasses.InitVar[Number] = None
     alg: str = "low_confidence"
-    temperature: Any = 0.0
-    top_p: Any = None
-    top_k: Any = None
-    alg_temp: Any = None
-    threshold: Any = None
-    factor: Any = None
-    spare_last: bool = False
-    gamma: Any = None
-    sigma: Any = None
-    clip_alpha: Any = 10.0
-    strategy: str | None = None
-    kl_threshold: Any = 0.01
-    kl_history_length: int = 2
-    wide_in_thres: Any = 0.6
-    narrow_out_thres: Any = 0.9
-    cfg_scale: Any = 0.0
+    temperature: Number = number(None)
+    top_p: Number = number(None)
+    top_k: Number = number(None, dtype=jnp.int32)
+    alg_temp: Number = number(None)
+    sigma: Number = number(None)
+    clip_alpha: Number = number(10.0)
+    cfg_scale: Number = number(None)
     stop_until_eos: bool = False
     fill_past_eos: bool = False
     eos_id: int | None = None
@@ -143,30 +106,47 @@ class DecodeConfig:
     infill: bool = False
     ban_mask: bool = True
     leave_early: bool = True
-    max_forwards: Any = None
+    max_forwards: Number = number(None, dtype=jnp.int32)
     lockstep: bool | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, threshold: Number, factor: Number, gamma: Number) -> None:
+        given = dict(threshold=threshold, factor=factor, gamma=gamma)
+        rules = {name: value for name, value in given.items() if value is not None}
+        self._set(strategy=_strategy(self.strategy, rules, self.alg))
+        if self.alg in _orders():
+            self._set(alg="low_confidence")
         if isinstance(self.suppress, list):
-            object.__setattr__(self, "suppress", tuple(self.suppress))
+            self._set(suppress=tuple(self.suppress))
         checks.check(self)
+        # One way to say that something is off, so that this decides the program.
+        for name in ("temperature", "alg_temp", "cfg_scale"):
+            if not positive(getattr(self, name)):
+                self._set(**{name: None})
+        if concrete(self.top_p) and self.top_p >= 1:
+            self._set(top_p=None)
         self.geometry(prompt=1, shift=0)
+
+    def _set(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def for_model(cls, config: Config, **overrides: Any) -> "DecodeConfig":
         """The model family's defaults where an argument is not given or None.
 
         A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
-        if there is none, everything is one block. A rule, a strategy or `sigma` without an `alg`
-        looks at probabilities, whatever the family's own measure.
+        if there is none, everything is one block. A strategy that is not the usual one, or `sigma`,
+        without an `alg` looks at probabilities, whatever the family's own measure.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         family = dict(models.FAMILIES[config.family].DECODE)
-        ruled = any(name in given for name in (*checks.RULES, "strategy"))
-        if (ruled or "sigma" in given) and not ALGORITHMS[family["alg"]].is_probability:
+        rules = {name: given[name] for name in strategies.shorthands() if name in given}
+        strategy = _strategy(given.get("strategy"), rules, given.get("alg", family["alg"]))
+        compares = strategy.adaptive or "sigma" in given
+        if compares and not ALGORITHMS[family["alg"]].is_probability:
             family["alg"] = "maskgit_plus"
-        thinned = given.get("alg") in ALGORITHMS and ALGORITHMS[given["alg"]].thinned
-        if ruled or thinned or (given.get("infill") and "steps" not in given):
+        uncounted = given.get("infill") and "steps" not in given
+        if uncounted or family["schedule"] not in strategy.schedules:
             del family["schedule"]
         chosen = family | given
         gen_length = chosen.get("gen_length", cls.gen_length)
@@ -182,7 +162,7 @@ class DecodeConfig:
         Raises:
           ValueError: something else goes by confidence; one sentence.
         """
-        if self.measure.drawn or not method.needs_order:
+        if self.strategy.ordered or not method.needs_order:
             return self
         try:
             return dataclasses.replace(self, alg="random")
@@ -198,20 +178,14 @@ class DecodeConfig:
         return ALGORITHMS[self.alg]
 
     @property
-    def parallel(self) -> bool:
-        """Whether data decide how many tokens a step commits."""
-        rules = (getattr(self, name) for name in checks.RULES)
-        return self.strategy is not None or any(rule is not None for rule in rules)
-
-    @property
     def guided(self) -> bool:
         """Whether every forward has a second, unconditional copy of each row."""
         return positive(self.cfg_scale)
 
     @property
-    def draws_positions(self) -> bool:
-        """Whether `alg_temp` is on."""
-        return positive(self.alg_temp)
+    def debiasable(self) -> bool:
+        """Whether probabilities rank positions, so that they can be debiased."""
+        return self.measure.is_probability and self.strategy.ranks
 
     @property
     def pace(self) -> str:
@@ -221,15 +195,14 @@ class DecodeConfig:
     @property
     def schedules(self) -> tuple[str, ...]:
         """The schedules that fit, the usual one first."""
-        if self.strategy is not None:
-            return ("fixed",)
-        if self.parallel:
-            return ("fixed", "capped")
-        if self.measure.thinned:
-            return ("timestep",)
-        if self.infill and self.steps is None:
-            return ("fixed", "even", "timestep")
-        return tuple(name for name in SCHEDULES if name != "capped")
+        fitting = self.strategy.schedules
+        if self.infill and self.steps is None:  # who knows how many steps that takes
+            return tuple(sorted(fitting, key=lambda name: name != "fixed"))
+        return fitting
+
+    def end_of_text(self, config: Config) -> int:
+        """The token that ends a text."""
+        return config.eos_id if self.eos_id is None else self.eos_id
 
     def check(self, config: Config) -> None:
         """Refuses a model that this decoding has no meaning for.
@@ -238,10 +211,6 @@ class DecodeConfig:
           ValueError: one sentence that says what would be right.
         """
         checks.check_model(self, config)
-
-    def end_of_text(self, config: Config) -> int:
-        """The token that ends an answer: `eos_id`, or else the model's."""
-        return config.eos_id if self.eos_id is None else self.eos_id
 
     def geometry(self, *, prompt: int, shift: int) -> Geometry:
         """The static shape of a generation after a prompt of `prompt` slots."""
@@ -254,38 +223,45 @@ class DecodeConfig:
             block=self.gen_length if self.block_length is None else self.block_length,
             steps=steps,
             shift=shift,
+            infill=self.infill,
         )
         first_block = geo.block + (prompt if self.infill else 0)
-        return dataclasses.replace(geo, quota=self.make_schedule(geo).most(first_block))
+        return dataclasses.replace(geo, most_per_step=self.make_schedule(geo).most(first_block))
 
     def make_schedule(self, geo: Geometry) -> Schedule:
         """How many tokens each step of such a generation commits."""
         return SCHEDULES[self.pace](geo, eps=self.eps, num_transfer_tokens=self.num_transfer_tokens)
 
-    def split(self) -> tuple["DecodeConfig", Numbers]:
-        """The part that shapes the compiled program, and the numbers that do not."""
-        nucleus = self.top_p is not None and not (concrete(self.top_p) and self.top_p >= 1)
-        switches = dict(
-            temperature=positive(self.temperature),
-            top_p=nucleus,
-            alg_temp=self.draws_positions,
-            kl_threshold=self.strategy == "klass",
-            wide_in_thres=self.strategy == "wino",
-            narrow_out_thres=self.strategy == "wino",
-            cfg_scale=self.guided,
+
+def _strategy(given: Any, rules: dict[str, Number], alg: str) -> Strategy:
+    """The strategy that the arguments of `DecodeConfig` mean."""
+    usual = strategies.Surest()
+    if isinstance(given, str):
+        strategy = strategies.make(given, **rules)
+    elif given is None or given == usual:
+        strategy = strategies.by_shorthand(rules) if rules else usual
+    elif not isinstance(given, Strategy):
+        raise ValueError(
+            f"strategy is {given!r}; it must be a name among {', '.join(strategies.STRATEGIES)}, "
+            "or one made by dlm_jax.decoding.strategies."
         )
-        numbers, static = {}, {}
-        for name in Numbers._fields:
-            value = getattr(self, name)
-            on = value is not None and switches.get(name, True)
-            dtype = jnp.int32 if name in ("top_k", "max_forwards") else jnp.float32
-            numbers[name] = jnp.asarray(value, dtype) if on else None
-            # Whatever its value, a number that is on makes the same program.
-            default = getattr(type(self), name)
-            static[name] = _ON.get(name, default) if on else default
-        return dataclasses.replace(self, **static), Numbers(**numbers)
+    elif rules:
+        raise ValueError(
+            f"{next(iter(rules))} and {given} are both given; one of them decides how many tokens "
+            "a step commits."
+        )
+    else:
+        strategy = given
+    if alg not in _orders() or strategy.name == alg:
+        return strategy
+    if strategy != usual:
+        raise ValueError(
+            f"alg is {alg!r}, which ignores confidence; with {strategy.spelling} it must be one of "
+            f"{', '.join(ALGORITHMS)}."
+        )
+    return strategies.make(alg)
 
 
-_ON = dict(temperature=1.0, top_p=0.5, top_k=1, alg_temp=1.0, threshold=0.0, factor=1.0)
-_ON |= dict(gamma=1.0, sigma=1.0, cfg_scale=1.0, max_forwards=1)
-"""A value of each number that is off by default, to say that it is on; none that is refused."""
+def _orders() -> list[str]:
+    """Strategies that `alg` may name."""
+    return [name for name, strategy in strategies.STRATEGIES.items() if strategy.as_alg]

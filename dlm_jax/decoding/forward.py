@@ -1,19 +1,19 @@
 """The network's part of a denoising step: from a canvas to what predicts the tokens to be put."""
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from dlm_jax import queries
-from dlm_jax.cache.base import Row, Variant
-from dlm_jax.decoding import guidance, turns
+from dlm_jax.cache.base import StepShape
+from dlm_jax.decoding import guidance, shadow, turns
+from dlm_jax.decoding.rows import Row, Rows, per_row
 from dlm_jax.decoding.state import DecodeState, Setup
-from dlm_jax.decoding.strategies import wino
 from dlm_jax.models.base import LayerFn, readout, source_slot
 from dlm_jax.queries import Slots
 from dlm_jax.typing import Array, Bool, Float, Int, PyTree
+
+Layers = tuple[tuple[int, int, LayerFn], ...]
 
 
 class Seen(NamedTuple):
@@ -24,94 +24,94 @@ class Seen(NamedTuple):
     hidden_BWD: Float[Array, "B2 W D"]
     """The hidden states that predict these slots; 2 B rows if there are copies for guidance."""
     read_BL: Bool[Array, "B L"]
-    """Masks among these slots, as far as they were wanted and computed."""
+    """Masks among these slots."""
     cache: tuple[PyTree, ...]
     acc: PyTree
     """What the layer functions accumulated, for each row."""
 
 
 class Work(NamedTuple):
-    """What the network needs to know of each row."""
+    """What the network needs to know of each row: all of it can be taken a few rows at a time."""
 
-    tokens_BL: Int[Array, "B L"]
+    rows: Rows
     selected_BL: Bool[Array, "B L"]
     """Positions to compute."""
     slots: Slots
-    rows: Row
     slot_BW: Int[Array, "B W"]
     """Where predictions are wanted; L marks an unused entry."""
 
 
-def forward(setup: Setup, state: DecodeState, rows: Row, variant: Variant) -> Seen:
-    """The network over the selected positions, read at masks that are wanted and computed."""
-    if setup.decode.strategy == "wino":
-        return _shadowed(setup, state, rows)
-    method, geo, config = setup.method, setup.geo, setup.model.config
-    slot_BL = jnp.broadcast_to(jnp.arange(geo.length, dtype=jnp.int32), state.tokens_BL.shape)
-    readable_BL = jax.vmap(functools.partial(method.readable, geo=geo))(state.memory, rows)
-    if setup.decode.strategy == "klass":  # follows every prediction, also those of later blocks
-        readable_BL = readable_BL | rows.masked_L
-    source_BL = source_slot(slot_BL, setup.valid_BL, config.shift)
-    read_BL = readable_BL & queries.gather(state.selected_BL, source_BL)
-    slot_BW = queries.pack_index(read_BL, setup.readout_width(variant))
+def forward(setup: Setup, state: DecodeState, shape: StepShape) -> Seen:
+    """The network over the selected positions, read where that is wanted and computed."""
+    geo, config, rows = setup.geo, setup.model.config, state.rows
+    slot_BL = jnp.broadcast_to(jnp.arange(geo.length, dtype=jnp.int32), rows.tokens_BL.shape)
 
-    work = Work(state.tokens_BL, state.selected_BL, setup.slots, rows, slot_BW)
+    def readable(row: Row, memory: PyTree) -> Bool[Array, " L"]:
+        return setup.strategy.readable(row, setup.method.readable(memory, row, geo), geo)
+
+    source_BL = source_slot(slot_BL, rows.valid_BL, config.shift)
+    computed_BL = queries.gather(state.selected_BL, source_BL)
+    wanted_BL = per_row(readable)(rows, state.memory) & computed_BL
+    slot_BW = queries.pack_index(wanted_BL, setup.readout_width(shape))
+
+    work = Work(rows, state.selected_BL, setup.slots, slot_BW)
     if setup.decode.guided:  # the network sees 2 B rows
-        canvas_BL = guidance.canvases(state.tokens_BL, state.committed_at_BL, config.mask_id)
-        work = guidance.with_copy(work)._replace(tokens_BL=canvas_BL)
-    (hidden_BWD, acc), cache = _compute(setup, work, state.cache, variant)
+        canvas_BL = guidance.canvases(rows.tokens_BL, rows.committed_BL, config.mask_id)
+        work = guidance.with_copy(work)
+        work = work._replace(rows=work.rows._replace(tokens_BL=canvas_BL))
+    (hidden_BWD, acc), cache = _compute(setup, work, state.cache, shape)
     if setup.decode.guided:
         acc = guidance.without_copy(acc)
-    return Seen(slot_BW, hidden_BWD, read_BL, cache, acc)
+    return Seen(slot_BW, hidden_BWD, wanted_BL & rows.masked_BL, cache, acc)
 
 
 def _compute(
-    setup: Setup, work: Work, cache: PyTree, variant: Variant
+    setup: Setup, work: Work, cache: PyTree, shape: StepShape
 ) -> tuple[tuple[Float[Array, "B2 W D"], PyTree], PyTree]:
-    """Hidden states that predict the wanted slots, what the layers accumulated, the new cache."""
-    method, geo, config = setup.method, setup.geo, setup.model.config
-    batch = work.tokens_BL.shape[0]
+    """Hidden states that predict the wanted slots, what the layers accumulated, the new cache.
 
-    def network(
-        work: Work, cache: PyTree, layers: tuple[tuple[int, int, LayerFn], ...]
-    ) -> tuple[tuple[Array, PyTree], PyTree]:
-        query = queries.pack(work.selected_BL, work.slots, variant.capacity)
-        walked: Any = setup.model.apply(
-            {"params": setup.params},
-            queries.gather(work.tokens_BL, query.index_BQ),
-            query,
-            cache,
-            method.init_acc(work.rows, query, geo),
-            layers,
-            method="walk",
-        )
-        hidden_BQD, cache, acc = walked
-        return (readout(hidden_BQD, query, work.slot_BW, config.shift), acc), cache
-
-    layers = method.layers(variant, config, geo)
-    size = turns.rows_per_turn(batch, variant.capacity)
+    Wide forwards take a few rows at a time.
+    """
+    batch = work.selected_BL.shape[0]
+    layers = setup.method.layers(shape, setup.model.config, setup.geo)
+    size = turns.rows_per_turn(batch, shape.capacity)
     if size == batch:  # all at once
-        return network(work, cache, layers)
+        return _network(setup, work, cache, shape, layers)
 
     def turn(row_C: Array, cache: PyTree) -> tuple[tuple[Array, PyTree], PyTree]:
         part = turns.take(work, row_C)
         real_C = row_C < batch
         part = part._replace(selected_BL=part.selected_BL & real_C[:, None])
         on_rows = [(low, high, turns.on_rows(layer, row_C)) for low, high, layer in layers]
-        return network(part, cache, tuple(on_rows))
+        return _network(setup, part, cache, shape, tuple(on_rows))
 
-    alike = (work.tokens_BL, work.selected_BL, work.slots.valid_BL, work.slot_BW)
-    twin_B = turns.twins(alike, work.rows.step == 0)
+    rows = work.rows
+    alike = (rows.tokens_BL, work.selected_BL, rows.valid_BL, rows.attended_BL, work.slot_BW)
+    twin_B = turns.twins(alike, rows.step_B == 0)
     return turns.by_turns(turn, cache, jnp.any(work.selected_BL, axis=-1), twin_B, size)
 
 
-def _shadowed(setup: Setup, state: DecodeState, rows: Row) -> Seen:
-    """The network over the canvas and a shadow of each row's block, read all over the block."""
-    slot_BS = wino.span(rows.block, jnp.any(rows.eligible_L, axis=-1), setup.geo)
-    hidden_BSD = wino.predict(
-        setup.model, setup.params, state.tokens_BL, state.selected_BL, setup.slots, slot_BS
+def _network(
+    setup: Setup, work: Work, cache: PyTree, shape: StepShape, layers: Layers
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """The same for all rows of `work` at once."""
+    model, params, geo, rows = setup.model, setup.params, setup.geo, work.rows
+    if setup.strategy.shadows:
+        hidden_BWD = shadow.predict(model, params, rows, work.selected_BL, work.slots, work.slot_BW)
+        return (hidden_BWD, ()), cache
+    query = queries.pack(work.selected_BL, work.slots, rows.attended_BL, shape.capacity)
+
+    def begin(row: Row, index_Q: Int[Array, " Q"]) -> PyTree:
+        return setup.method.init_acc(row, index_Q, geo)
+
+    walked: Any = model.apply(
+        {"params": params},
+        queries.gather(rows.tokens_BL, query.index_BQ),
+        query,
+        cache,
+        per_row(begin)(rows, query.index_BQ),
+        layers,
+        method="walk",
     )
-    inside_BL = queries.scatter(
-        jnp.zeros_like(rows.masked_L), jnp.ones_like(slot_BS, bool), slot_BS
-    )
-    return Seen(slot_BS, hidden_BSD, inside_BL & rows.masked_L, state.cache, ())
+    hidden_BQD, cache, acc = walked
+    return (readout(hidden_BQD, query, work.slot_BW, model.config.shift), acc), cache

@@ -9,7 +9,7 @@ confidences, and of the network the conditional copy.
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.typing import Array, Float, Int, PyTree
+from dlm_jax.typing import Array, Bool, Float, Int, PyTree
 
 
 def with_copy(rows: PyTree) -> PyTree:
@@ -23,10 +23,10 @@ def without_copy(rows: PyTree) -> PyTree:
 
 
 def canvases(
-    tokens_BL: Int[Array, "B L"], committed_at_BL: Int[Array, "B L"], mask_id: int
+    tokens_BL: Int[Array, "B L"], committed_BL: Bool[Array, "B L"], mask_id: int
 ) -> Int[Array, "B2 L"]:
     """The canvases of all rows, then those of the copies, where only what was generated is left."""
-    blank_BL = jnp.where(committed_at_BL < 0, jnp.asarray(mask_id, tokens_BL.dtype), tokens_BL)
+    blank_BL = jnp.where(committed_BL, tokens_BL, jnp.asarray(mask_id, tokens_BL.dtype))
     return jnp.concatenate([tokens_BL, blank_BL])
 
 

@@ -1,11 +1,10 @@
-"""Generation: checks the arguments, makes the first canvas, and repeats the denoising step.
+"""Generation: makes the first state, and repeats the denoising step.
 
 All drivers call the same `step.step`: `lax.scan` where the number of forwards is known,
 `lax.while_loop` where it depends on data, Python where somebody wants to watch
 (`diffusion_stream`).
 """
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from dlm_jax.cache.base import CacheMethod, Variant
+from dlm_jax.cache.base import CacheMethod, StepShape
 from dlm_jax.cache.none import NoCache
 from dlm_jax.decoding import history
-from dlm_jax.decoding.arguments import Call, prepare
-from dlm_jax.decoding.canvas import unfinished
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup, draw_order
+from dlm_jax.decoding.progress import unfinished
+from dlm_jax.decoding.start import prepare, start
+from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup
 from dlm_jax.decoding.step import begin, step
-from dlm_jax.models.base import Transformer, lay_out
+from dlm_jax.models.base import Transformer
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params, PyTree
 
 RECORDS = ("computed", "computed_layers", "history", "state")
@@ -48,7 +47,7 @@ class GenerateOutput(NamedTuple):
     positions_computed: Float[Array, "T B"]
     """Query slots that were computed for them, padding included, mean over the layers; also those
     that wide forwards spare a row because it is done, or begins like another one."""
-    variant: Int[Array, " T"]
+    shape: Int[Array, " T"]
     """Which of the cache method's step shapes every forward had; -1 where there was none."""
     computed: Bool[Array, "T B L"] | None
     """The positions that entered the network in every forward, if recorded."""
@@ -94,10 +93,10 @@ def diffusion_generate(
 ) -> GenerateOutput:
     """Generates `decode.gen_length` tokens after each prompt, in one compiled program.
 
-    Composes with `jit`, `vmap` and sharded parameters; `model`, `decode`, `cache`, `record` and
-    `logits_processor` are static. A batch that is sharded over devices becomes what it should, but
-    every device computes all of its wide forwards; `jax.shard_map`, with one key per row, splits
-    them.
+    Composes with `jit`, `vmap` and sharded parameters; `model`, `cache`, `record`,
+    `logits_processor` and the structure of `decode` are static. A batch that is sharded over
+    devices becomes what it should, but every device computes all of its wide forwards;
+    `jax.shard_map`, with one key per row, splits them.
 
     Args:
       params: parameters of `model`; the forward runs in their dtype.
@@ -127,17 +126,17 @@ def diffusion_generate(
     Raises:
       ValueError: shapes or settings that do not fit; one sentence says what would be right.
     """
-    call = prepare(
+    setup, tokens_BL = prepare(
         params,
         model,
         prompt_BP,
         prompt_mask_BP,
-        key,
-        decode,
-        cache,
-        draws,
-        logits_processor,
-        token_freq,
+        key=key,
+        decode=decode,
+        cache=cache,
+        draws=draws,
+        logits_processor=logits_processor,
+        token_freq=token_freq,
     )
     for name in [record] if isinstance(record, str) else record:
         if isinstance(record, str) or name not in RECORDS:
@@ -145,8 +144,8 @@ def diffusion_generate(
                 f"record is {record!r}; it must be a tuple of names among {', '.join(RECORDS)}."
             )
     if state is not None:
-        _check_state(state, record, call)
-    return _generate(call, state, record=tuple(sorted(record)))
+        _check_state(state, record, setup, tokens_BL)
+    return _generate(setup, tokens_BL, state, record=tuple(sorted(record)))
 
 
 def diffusion_stream(
@@ -166,42 +165,53 @@ def diffusion_stream(
     Each forward is a compiled call of its own and its result is brought to the host, so this is for
     watching and debugging, not for speed.
     """
-    call = prepare(
-        params,
-        model,
-        prompt_BP,
-        prompt_mask_BP,
-        key,
-        decode,
-        cache,
-        Draws(),
-        logits_processor,
-        token_freq,
+    return frames(
+        *start(
+            params,
+            model,
+            prompt_BP,
+            prompt_mask_BP,
+            key=key,
+            decode=decode,
+            cache=cache,
+            logits_processor=logits_processor,
+            token_freq=token_freq,
+        )
     )
-    setup, tokens_BL = _jit_setup(call)
-    return _frames(setup, _jit_begin(setup, tokens_BL))
 
 
-def _frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
-    variants = setup.method.variants(setup.geo)
+def frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
+    """The frames that follow a state of `start`, which keeps its cache no longer."""
+    shapes = setup.method.step_shapes(setup.geo)
     while unfinished(setup, state):
         step_index = int(state.nfe)
+        shape = int(state.shape)
         cache, state = state.cache, state._replace(cache=())
-        state = _jit_step(setup, state, cache, variants[int(state.variant)])
+        state = _jit_step(setup, state, cache, shapes[shape])
         yield Frame(
             step_index,
-            state.tokens_BL,
+            state.rows.tokens_BL,
             state.committed_at_BL,
             state.confidence_BL,
-            float(setup.widths[int(state.variant_T[step_index])]),
-            state.step_B,
+            float(setup.widths[shape]),
+            state.rows.step_B,
         )
 
 
-def _check_state(state: DecodeState, record: tuple[str, ...], call: Call) -> None:
+def warm(setup: Setup, state: DecodeState) -> None:
+    """Compiles what `frames` needs, every step shape of it, by making each step once in vain."""
+    jax.block_until_ready(unfinished(setup, state))
+    for shape in setup.method.step_shapes(setup.geo):
+        copied = jax.tree.map(jnp.copy, state.cache)
+        jax.block_until_ready(_jit_step(setup, state._replace(cache=()), copied, shape))
+
+
+def _check_state(
+    state: DecodeState, record: tuple[str, ...], setup: Setup, tokens_BL: Int[Array, "B L"]
+) -> None:
     """Refuses a state that cannot be of the call with these arguments."""
     kept = dict(computed=state.computed_TBL, computed_layers=state.layer_sets)
-    if call.decode.strategy == "wino":  # whose history no later state can tell
+    if setup.strategy.revokes:  # a history that no later state can tell
         kept["history"] = state.canvas_TBL
     for name, records in kept.items():
         if name in record and records is None:
@@ -210,110 +220,83 @@ def _check_state(state: DecodeState, record: tuple[str, ...], call: Call) -> Non
                 "it as well."
             )
     recorded = tuple(name for name, records in kept.items() if records is not None)
-    wanted = jax.eval_shape(lambda call: begin(*_setup(call), recorded), call)
+    wanted = jax.eval_shape(lambda *given: begin(*given, recorded), setup, tokens_BL)
 
     def shapes(state: DecodeState) -> tuple:
         leaves, structure = jax.tree.flatten(state)
         return structure, [(jnp.shape(leaf), leaf.dtype) for leaf in leaves]
 
-    tokens_BL, prompt_BP = state.tokens_BL, call.prompt_BP
-    concrete = not any(isinstance(given, Tracer) for given in (tokens_BL, prompt_BP))
-    concrete = concrete and not call.decode.infill
+    begun_BL, prompt = state.rows.tokens_BL, setup.geo.prompt
+    concrete = not any(isinstance(given, Tracer) for given in (begun_BL, tokens_BL))
+    concrete = concrete and not setup.decode.infill
     other = shapes(state) != shapes(wanted)
-    if other or (concrete and (tokens_BL[:, : prompt_BP.shape[1]] != prompt_BP).any()):
+    if other or (concrete and (begun_BL[:, :prompt] != tokens_BL[:, :prompt]).any()):
         raise ValueError(
             "The state is not of this generation; resume with the prompt, the decoding and the "
             "cache of the interrupted call."
         )
 
 
-def _setup(call: Call) -> tuple[Setup, Int[Array, "B L"]]:
-    """The constants of a generation, and its first canvas: the prompt, then masks."""
-    batch, prompt = call.prompt_BP.shape
-    geo = call.decode.geometry(prompt=prompt, shift=call.model.config.shift)
-    key = call.key
-    if key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    masks_BG = jnp.full((batch, geo.gen), call.model.config.mask_id, jnp.int32)
-    valid_BL = jnp.concatenate([call.mask_BP, jnp.ones_like(masks_BG, bool)], axis=1)
-    setup = Setup(
-        model=call.model,
-        decode=call.decode,
-        method=call.method,
-        geo=geo,
-        logits_processor=call.logits_processor,
-        params=call.params,
-        slots=lay_out(call.model.config, valid_BL),
-        key_B=key,
-        draws=call.draws,
-        numbers=call.numbers,
-        token_freq_V=call.token_freq_V,
-    )
-    if call.draws.order is None:
-        setup = dataclasses.replace(setup, draws=call.draws._replace(order=draw_order(setup)))
-    return setup, jnp.concatenate([call.prompt_BP, masks_BG], axis=1)
-
-
 @functools.partial(jax.jit, static_argnames=("record", "driver"))
 def _generate(
-    call: Call,
+    setup: Setup,
+    tokens_BL: Int[Array, "B L"],
     state: DecodeState | None = None,
     *,
     record: tuple[str, ...],
     driver: str | None = None,
 ) -> GenerateOutput:
-    setup, tokens_BL = _setup(call)
     if state is None:
         state = begin(setup, tokens_BL, record)
     elif setup.fixed_length:
         driver = "while"  # how many forwards are left depends on the state
-    variants = setup.method.variants(setup.geo)
+    shapes = setup.method.step_shapes(setup.geo)
     if driver is None:
-        driver = "scan" if setup.fixed_length and len(variants) == 1 else "while"
-    state = _DRIVERS[driver](setup, state, variants)
-    ran_T = state.variant_T >= 0
-    slots_T = jnp.where(ran_T, jnp.asarray(setup.widths)[state.variant_T], 0.0)
-    frames = state.canvas_TBL
-    if "history" in record and frames is None:
-        frames = history.frames(
-            state.tokens_BL,
+        driver = "scan" if setup.fixed_length and len(shapes) == 1 else "while"
+    state = _DRIVERS[driver](setup, state, shapes)
+    ran_T = state.shape_T >= 0
+    slots_T = jnp.where(ran_T, jnp.asarray(setup.widths)[state.shape_T], 0.0)
+    canvas_TBL = state.canvas_TBL
+    if "history" in record and canvas_TBL is None:
+        canvas_TBL = history.frames(
+            state.rows.tokens_BL,
             state.committed_at_BL,
             mask_id=setup.model.config.mask_id,
             forwards=setup.most_forwards,
         )
     return GenerateOutput(
-        tokens=state.tokens_BL,
+        tokens=state.rows.tokens_BL,
         committed_at=state.committed_at_BL,
         confidence=state.confidence_BL,
         nfe=state.nfe,
-        steps=state.step_B,
-        history=frames,
+        steps=state.rows.step_B,
+        history=canvas_TBL,
         positions_asked=state.asked_TB,
         positions_computed=jnp.broadcast_to(slots_T[:, None], state.asked_TB.shape),
-        variant=state.variant_T,
+        shape=state.shape_T,
         computed=state.computed_TBL,
         computed_layers=(None if state.layer_sets is None else jnp.stack(state.layer_sets, axis=2)),
         state=state if "state" in record else None,
     )
 
 
-def _scan(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> DecodeState:
+def _scan(setup: Setup, state: DecodeState, shapes: tuple[StepShape, ...]) -> DecodeState:
     """Every step has the same shape and their number is known."""
-    (variant,) = variants
+    (shape,) = shapes
     state, _ = jax.lax.scan(
-        lambda state, _: (step(setup, state, variant), None), state, length=setup.most_forwards
+        lambda state, _: (step(setup, state, shape), None), state, length=setup.most_forwards
     )
     return state
 
 
-def _while(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> DecodeState:
+def _while(setup: Setup, state: DecodeState, shapes: tuple[StepShape, ...]) -> DecodeState:
     """Until all rows are done; an inner loop per step shape, so that no branch copies the cache."""
 
     def sweep(state: DecodeState) -> DecodeState:
-        for i, variant in enumerate(variants):
+        for i, shape in enumerate(shapes):
             state = jax.lax.while_loop(
-                lambda state, i=i: unfinished(setup, state) & (state.variant == i),
-                functools.partial(step, setup, variant=variant),
+                lambda state, i=i: unfinished(setup, state) & (state.shape == i),
+                functools.partial(step, setup, shape=shape),
                 state,
             )
         return state
@@ -324,11 +307,7 @@ def _while(setup: Setup, state: DecodeState, variants: tuple[Variant, ...]) -> D
 _DRIVERS = {"scan": _scan, "while": _while}
 
 
-_jit_setup = jax.jit(_setup)
-_jit_begin = jax.jit(begin)
-
-
-@functools.partial(jax.jit, static_argnames=("variant",), donate_argnames=("cache",))
-def _jit_step(setup: Setup, state: DecodeState, cache: PyTree, variant: Variant) -> DecodeState:
+@functools.partial(jax.jit, static_argnames=("shape",), donate_argnames=("cache",))
+def _jit_step(setup: Setup, state: DecodeState, cache: PyTree, shape: StepShape) -> DecodeState:
     """`step`, which writes into the cache where it lies; frames hold on to the rest of a state."""
-    return step(setup, state._replace(cache=cache), variant)
+    return step(setup, state._replace(cache=cache), shape)

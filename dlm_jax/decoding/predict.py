@@ -1,9 +1,12 @@
-"""From hidden states to candidates: what the model would put where, and how sure it is.
+"""From hidden states to what the model proposes: candidates, and how sure it is of each.
+
+    hidden -> logits -> candidate, confidence -> times the certainty prior, with noise -> Proposal
 
 Float32 logits over the vocabulary are the largest arrays of a step. They are made for a group of
 positions at a time, and only what the decoding asks of them is kept.
 """
 
+import functools
 import inspect
 import math
 from typing import NamedTuple
@@ -14,50 +17,50 @@ import jax.numpy as jnp
 from dlm_jax import queries
 from dlm_jax.decoding import guidance
 from dlm_jax.decoding.forward import Seen
-from dlm_jax.decoding.sampler import Sampled, entropy, sample
-from dlm_jax.decoding.state import DecodeState, Setup, position_keys
+from dlm_jax.decoding.rows import CHOICE, Chance, Proposal, Row, Rows, per_row
+from dlm_jax.decoding.sampler import sample
+from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.models.base import unembed
-from dlm_jax.typing import Array, Float, Int
+from dlm_jax.ranking import certainty_density
+from dlm_jax.typing import Array, Bool, Float, Int, PyTree
 
 LOGITS = 2**26
 """About the most logits of a group, 256 MiB; but one position of every row at the least."""
 
 
-class Proposals(NamedTuple):
-    """A candidate for each position that was read."""
+class Predictions(NamedTuple):
+    """What is kept of a distribution, for each position that was read."""
 
-    token: Int[Array, "B W"]
-    score: Float[Array, "B W"]
-    """To rank positions by; `Measure.level` turns a confidence into one."""
-    confidence: Float[Array, "B W"]
-    """To report."""
-    entropy: Float[Array, "B W"] | None
-    """Of the tempered distribution, in nats; for rules that bound it."""
-    standing: Float[Array, "B W"] | None
-    """Confidence in the token that is there now; for strategies that revoke tokens."""
-    tempered: Float[Array, "B W V"] | None
-    """Log-probabilities after temperature and filters; for strategies that follow them."""
+    token: Int[Array, "*B W"]
+    """The candidate."""
+    score: Float[Array, "*B W"]
+    """How sure the model is, to rank by; `Measure.level` turns a confidence into one."""
+    confidence: Float[Array, "*B W"]
+    """The same, as it is reported."""
+    wanted: PyTree
+    """What `Strategy.read` keeps."""
 
 
-def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
-    """Reads the logits and draws a candidate at every position that was read."""
+def predict(setup: Setup, state: DecodeState, seen: Seen) -> tuple[Predictions, PyTree]:
+    """Reads the logits and draws a candidate at every position that was read.
 
-    def group(hidden: Float[Array, "B2 w D"], slot_Bw: Int[Array, "B w"]) -> Proposals:
+    Returns the predictions, and the strategy's memory after it adjusted the logits.
+    """
+
+    def group(
+        hidden: Float[Array, "B2 w D"], slot_Bw: Int[Array, "B w"]
+    ) -> tuple[Predictions, PyTree]:
         logits = _logits(setup, state, hidden, slot_Bw)
-        sampled = sample(
-            logits,
-            position_keys(setup, state.step_B, slot_Bw),
-            alg=setup.decode.alg,
-            banned=setup.model.config.mask_id if setup.decode.ban_mask else None,
-            debias=setup.debias,
-            **setup.numbers.sampling(),
-        )
-        return _reduce(setup, state, sampled, slot_Bw)
+        memory = state.strategy_memory
+        if setup.strategy.whole:
+            adjust = functools.partial(_adjust, setup)
+            memory, logits = per_row(adjust)(state.rows, memory, logits, slot_Bw)
+        return _sample(setup, state.rows, logits, slot_Bw), memory
 
     (rows, width), config = seen.hidden_BWD.shape[:2], setup.model.config
     groups = math.ceil(rows * width * config.vocab_size / LOGITS)
-    # Whole distributions are kept, and a hook is told everything in one call.
-    together = state.stability is not None or setup.logits_processor is not None
+    # A hook of the user's is told everything in one call as well.
+    together = setup.strategy.whole or setup.logits_processor is not None
     if groups <= 1 or together:
         return group(seen.hidden_BWD, seen.slot_BW)
     size = math.ceil(width / min(groups, width))
@@ -71,26 +74,76 @@ def propose(setup: Setup, state: DecodeState, seen: Seen) -> Proposals:
         return values.reshape(len(values), -1, size, *values.shape[2:]).swapaxes(0, 1)
 
     def join(values: Array) -> Array:
-        return values.swapaxes(0, 1).reshape(values.shape[1], -1)[:, :width]
+        return values.swapaxes(0, 1).reshape(values.shape[1], -1, *values.shape[3:])[:, :width]
 
     parts = (split(seen.hidden_BWD, 0), split(seen.slot_BW, setup.geo.length))
-    return jax.tree.map(join, jax.lax.map(lambda part: group(*part), parts))
+    predictions = jax.lax.map(lambda part: group(*part)[0], parts)
+    return jax.tree.map(join, predictions), state.strategy_memory
 
 
-def _reduce(
-    setup: Setup, state: DecodeState, sampled: Sampled, slot_BW: Int[Array, "B W"]
-) -> Proposals:
-    """Keeps of the distributions only what the decoding wants."""
-    there_BW = queries.gather(state.tokens_BL, slot_BW)
-    revokes = setup.numbers.narrow_out_thres is not None
-    return Proposals(
-        sampled.token,
-        sampled.score,
-        sampled.confidence,
-        entropy=entropy(sampled.tempered) if setup.numbers.gamma is not None else None,
-        standing=sampled.confidence_in(there_BW, setup.decode.alg) if revokes else None,
-        tempered=None if state.stability is None else sampled.tempered,
+def propose(
+    setup: Setup,
+    row: Row,
+    read_L: Bool[Array, " L"],
+    slot_W: Int[Array, " W"],
+    predictions: Predictions,
+    chance: Chance,
+) -> Proposal:
+    """What strategies see of one row: predictions at their slots, weighed as the user wants it."""
+    decode, geo = setup.decode, setup.geo
+    lowest_L = jnp.full(read_L.shape, -jnp.inf, jnp.float32)
+    score_L = queries.scatter_row(lowest_L, predictions.score, slot_W)
+    confidence_L = queries.scatter_row(lowest_L, predictions.confidence, slot_W)
+    level = decode.measure.level if setup.debias is None else _same
+    if decode.sigma is not None and geo.gen:
+        # The density is defined for the generated part; the prompt is certain.
+        density_G = certainty_density(~row.masked_L[geo.prompt :], decode.sigma)
+        density_L = jnp.pad(density_G, (geo.prompt, 0), constant_values=1.0)
+        confidence_L = jnp.where(read_L, confidence_L * density_L, lowest_L)
+        score_L, level = confidence_L, _same
+    if decode.alg_temp is not None:
+        # The largest sums with Gumbel noise are a sample without replacement from the softmax.
+        gumbel_L = -jnp.log(-jnp.log(jnp.maximum(chance.uniform_L(CHOICE), 1e-37)))
+        score_L = confidence_L / decode.alg_temp + gumbel_L
+    return Proposal(
+        read_L=read_L,
+        candidate_L=read_L & row.eligible_L,
+        confidence_L=confidence_L,
+        score_L=score_L,
+        wanted=predictions.wanted,
+        slot_W=slot_W,
+        chance=chance,
+        level=level,
     )
+
+
+def _sample(
+    setup: Setup, rows: Rows, logits_BWV: Float[Array, "B W V"], slot_BW: Int[Array, "B W"]
+) -> Predictions:
+    """Draws candidates and keeps of the distributions only what the decoding wants."""
+    decode, measure = setup.decode, setup.decode.measure
+    chances = Chance(setup.key_B, rows.step_B, queries.gather(setup.position_BL, slot_BW))
+    token_BW, said = sample(
+        logits_BWV,
+        jax.vmap(lambda chance: chance.keys_L())(chances),
+        banned=setup.model.config.mask_id if decode.ban_mask else None,
+        temperature=decode.temperature,
+        top_p=decode.top_p,
+        top_k=decode.top_k,
+    )
+    score_BW = measure.score(said, token_BW)
+    confidence_BW = measure.report(score_BW)
+    if setup.debias is not None:
+        score_BW = confidence_BW = setup.debias.calibrate(confidence_BW, token_BW)
+    read = jax.vmap(functools.partial(setup.strategy.read, measure))
+    wanted = read(said, queries.gather(rows.tokens_BL, slot_BW))
+    return Predictions(token_BW, score_BW, confidence_BW, wanted)
+
+
+def _adjust(
+    setup: Setup, row: Row, memory: PyTree, logits_WV: Array, slot_W: Array
+) -> tuple[PyTree, Array]:
+    return setup.strategy.adjust(memory, logits_WV, slot_W, row, setup.geo)
 
 
 def _logits(
@@ -98,19 +151,23 @@ def _logits(
 ) -> Float[Array, "B W V"]:
     """The logits after everything that the user wants to be done to them."""
     logits, hook = unembed(setup.model, setup.params, hidden_BWD), setup.logits_processor
-    if setup.numbers.cfg_scale is not None:
+    if setup.decode.cfg_scale is not None:
         conditional, unconditional = jnp.split(logits, 2)
-        logits = guidance.combine(conditional, unconditional, setup.numbers.cfg_scale)
+        logits = guidance.combine(conditional, unconditional, setup.decode.cfg_scale)
     if setup.decode.suppress:
         logits = logits.at[..., jnp.asarray(setup.decode.suppress)].set(-jnp.inf)
     if hook is None:
         return logits
     located = "positions" in inspect.signature(hook).parameters
     where = dict(positions=slot_BW) if located else {}
-    processed = hook(state.tokens_BL, logits, state.nfe, **where)
+    processed = hook(state.rows.tokens_BL, logits, state.nfe, **where)
     if jnp.shape(processed) != logits.shape:
         raise ValueError(
             f"logits_processor returned shape {jnp.shape(processed)}; it must be that of the "
             f"logits, {logits.shape}."
         )
     return processed.astype(jnp.float32)
+
+
+def _same(confidence: Array) -> Array:
+    return confidence

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from dlm_jax.typing import Array, Bool, Float, Int, Key
 
 
-class Candidates(NamedTuple):
-    """What a confidence may look at, per position."""
+class Distributions(NamedTuple):
+    """What the model says about some positions."""
 
-    token: Int[Array, "*W"]
     logits: Float[Array, "*W V"]
-    """What the model said."""
+    """As it said it."""
     tempered: Float[Array, "*W V"]
     """Log-probabilities after temperature and filters; -inf where filtered out."""
     allowed: Bool[Array, "*W V"]
@@ -32,45 +31,22 @@ class Measure(NamedTuple):
     """A way to be sure: `score` ranks positions, and `report(score)` is told as the confidence.
 
     Attributes:
-      score: of every position, from what is known about its candidate.
+      score: how sure the model is of the given tokens.
       report: the confidence that a score means.
       level: its inverse: the score that a confidence means.
-      is_probability: whether the confidence is the candidate's probability.
-      drawn: positions are filled in an order that was drawn in advance; the score is only reported.
-      thinned: every mask is filled or not, independently of the others; the score is only reported.
+      is_probability: whether the confidence is the token's probability.
+      negative: whether the confidence is never above 0.
     """
 
-    score: Callable[[Candidates], Array]
+    score: Callable[[Distributions, Array], Array]
     report: Callable[[Array], Array] = lambda score: score
     level: Callable[[Array], Array] = lambda confidence: confidence
     is_probability: bool = False
-    drawn: bool = False
-    thinned: bool = False
+    negative: bool = False
 
-    @property
-    def ranks(self) -> bool:
-        """Whether the score decides which positions are filled."""
-        return not (self.drawn or self.thinned)
-
-
-class Sampled(NamedTuple):
-    """What `sample` made of the logits at each position."""
-
-    token: Int[Array, "B W"]
-    score: Float[Array, "B W"]
-    """To rank positions by; `Measure.level` turns a confidence into one."""
-    confidence: Float[Array, "B W"]
-    """To report."""
-    logits: Float[Array, "B W V"]
-    """What they were made of."""
-    tempered: Float[Array, "B W V"]
-    """Log-probabilities after temperature and filters; -inf where filtered out."""
-
-    def confidence_in(self, token_BW: Int[Array, "B W"], alg: str) -> Float[Array, "B W"]:
-        """What the measure would say of other tokens at these positions."""
-        measure, everything = ALGORITHMS[alg], jnp.ones(self.logits.shape, bool)
-        other = Candidates(token_BW, self.logits, self.tempered, everything)
-        return measure.report(measure.score(other))
+    def confidence(self, said: Distributions, token: Int[Array, "*W"]) -> Float[Array, "*W"]:
+        """The confidence in any tokens, whether they are candidates or not."""
+        return self.report(self.score(said, token))
 
 
 class Debias(NamedTuple):
@@ -87,53 +63,45 @@ class Debias(NamedTuple):
         return jnp.minimum(c * content, jnp.broadcast_to(self.clip_alpha, c.shape))
 
 
-def log_probability(c: Candidates) -> Float[Array, "*W"]:
-    """Logarithm of the candidate's probability, untempered and unfiltered (LLaDA, algorithm 5).
+def log_probability(said: Distributions, token: Int[Array, "*W"]) -> Float[Array, "*W"]:
+    """Logarithm of the token's probability, untempered and unfiltered (LLaDA, algorithm 5).
 
     LLaDA ranks probabilities in float64. Those of sure tokens differ by less than float32 resolves
     around 1, so what is computed here is how much the other tokens have.
     """
-    other = ~jax.nn.one_hot(c.token, c.logits.shape[-1], dtype=bool)
-    gap = c.logits - jnp.take_along_axis(c.logits, c.token[..., None], axis=-1)
+    other = ~jax.nn.one_hot(token, said.logits.shape[-1], dtype=bool)
+    gap = said.logits - jnp.take_along_axis(said.logits, token[..., None], axis=-1)
     return -jnp.log1p(jnp.sum(jnp.exp(gap), axis=-1, where=other))
 
 
-def probability(c: Candidates) -> Float[Array, "*W"]:
-    """Probability of the candidate after temperature and filters (Dream)."""
-    return jnp.exp(jnp.take_along_axis(c.tempered, c.token[..., None], axis=-1)[..., 0])
+def probability(said: Distributions, token: Int[Array, "*W"]) -> Float[Array, "*W"]:
+    """Probability of the token after temperature and filters (Dream)."""
+    return jnp.exp(jnp.take_along_axis(said.tempered, token[..., None], axis=-1)[..., 0])
 
 
-def margin(c: Candidates) -> Float[Array, "*W"]:
+def margin(said: Distributions, token: Int[Array, "*W"]) -> Float[Array, "*W"]:
     """Probability of the best token minus that of the second (Dream)."""
-    best, _ = jax.lax.top_k(jnp.where(c.allowed, jnp.exp(c.tempered), 0.0), 2)
+    del token
+    best, _ = jax.lax.top_k(jnp.where(said.allowed, jnp.exp(said.tempered), 0.0), 2)
     return best[..., 0] - best[..., 1]
 
 
-def negative_entropy(c: Candidates) -> Float[Array, "*W"]:
+def negative_entropy(said: Distributions, token: Int[Array, "*W"]) -> Float[Array, "*W"]:
     """Negative entropy of the distribution (Dream)."""
-    p = jnp.exp(c.tempered)
+    del token
+    p = jnp.exp(said.tempered)
     return jnp.sum(p * jnp.log(p + 1e-10), axis=-1)
-
-
-def entropy(log_p: Float[Array, "*W V"]) -> Float[Array, "*W"]:
-    """Entropy of distributions given by their logarithms, in nats (EB-Sampler)."""
-    p, eps = jnp.exp(log_p), jnp.finfo(jnp.float32).eps
-    return -jnp.sum(p * jnp.log(jnp.clip(p, eps, 1 - eps)), axis=-1)
 
 
 def _log(confidence: Array) -> Array:
     return jnp.log(jnp.maximum(confidence, 0.0))
 
 
-_LLADA = Measure(log_probability, report=jnp.exp, level=_log, is_probability=True)
-
 ALGORITHMS: dict[str, Measure] = {
-    "low_confidence": _LLADA,
+    "low_confidence": Measure(log_probability, report=jnp.exp, level=_log, is_probability=True),
     "maskgit_plus": Measure(probability, is_probability=True),
     "topk_margin": Measure(margin),
-    "entropy": Measure(negative_entropy),
-    "random": _LLADA._replace(drawn=True),
-    "origin": _LLADA._replace(thinned=True),
+    "entropy": Measure(negative_entropy, negative=True),
 }
 """Name -> measure; higher is surer."""
 
@@ -142,25 +110,21 @@ def sample(
     logits: Float[Array, "B W V"],
     key_BW: Key[Array, "B W"],
     *,
-    alg: str,
     banned: int | None,
     temperature: Float[Array, ""] | None = None,
     top_p: Float[Array, ""] | None = None,
     top_k: Int[Array, ""] | None = None,
-    debias: Debias | None = None,
-) -> Sampled:
-    """Draws one candidate per position and measures how sure it is.
+) -> tuple[Int[Array, "B W"], Distributions]:
+    """Draws one candidate per position, out of distributions that are returned as well.
 
     Args:
       logits: float32.
       key_BW: one key per position; unused at temperature 0.
-      alg: a key of `ALGORITHMS`.
       banned: a token that is never a candidate, though it keeps its share of the probability. Where
         the filters leave nothing else, the candidate comes from all other tokens.
       temperature: None takes the most probable token (the lowest id among equals), as 0 does.
       top_p: nucleus filter; None switches it off.
       top_k: keeps the k largest logits; None switches it off.
-      debias: calibrates a confidence that is a probability; None leaves it as it is.
     """
     scaled = logits
     if temperature is not None:
@@ -176,14 +140,8 @@ def sample(
     if temperature is not None:
         # Gumbel noise: the maximum is then a sample from the softmax.
         ranked = ranked + jnp.where(temperature > 0, _gumbel(key_BW, logits.shape[-1]), 0.0)
-    token_BW = best(ranked, banned)
-    measure = ALGORITHMS[alg]
     tempered = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
-    score_BW = measure.score(Candidates(token_BW, logits, tempered, allowed))
-    confidence_BW = measure.report(score_BW)
-    if debias is not None:
-        score_BW = confidence_BW = debias.calibrate(confidence_BW, token_BW)
-    return Sampled(token_BW, score_BW, confidence_BW, logits, tempered)
+    return best(ranked, banned), Distributions(logits, tempered, allowed)
 
 
 def best(x: Float[Array, "*W V"], banned: int | None = None) -> Int[Array, "*W"]:

@@ -1,7 +1,7 @@
 """How many tokens a denoising step commits.
 
 A schedule is a pure function of a row's progress in its block: `(masks at the block's start, masks
-now, step within the block) -> (least, most)`. Where a rule looks at confidences, it decides between
+now, step within the block) -> (least, most)`. Where a strategy looks at data, it decides between
 the two; everywhere else the least is what is committed. What cannot depend on data is a numpy table
 made once. Should a block still hold masks after its last step, because a cache did not let all of a
 quota be read, they are filled as fast as can be.
@@ -21,6 +21,8 @@ Bounds = Callable[
     tuple[Int[Array, " B"], Int[Array, " B"]],
 ]
 
+Share = Callable[[Int[Array, " B"], Int[Array, " B"], Int[Array, " B"]], Float[Array, " B"]]
+
 
 class Schedule(NamedTuple):
     """One row of `SCHEDULES`.
@@ -29,14 +31,14 @@ class Schedule(NamedTuple):
       bounds: see the module's docstring; vectorised over rows.
       forwards: forwards that fill a block of the given number of masks.
       most: the largest quota in doing so.
-      share: for a schedule in time, the share of the masks that each of a row's steps commits; the
-        probability of every mask where they are committed independently.
+      share: the share of the masks that are there which each of a row's steps is to commit, for
+        the same arguments; the probability of every mask where they are committed independently.
     """
 
     bounds: Bounds
     forwards: Callable[[int], int]
     most: Callable[[int], int]
-    share: Callable[[Int[Array, " B"]], Float[Array, " B"]] | None = None
+    share: Share
 
 
 def even(geo: Geometry, **_: object) -> Schedule:
@@ -48,7 +50,12 @@ def even(geo: Geometry, **_: object) -> Schedule:
         quota_B = jnp.where(step_B < steps, share_B, masks_B)
         return quota_B, quota_B
 
-    return Schedule(bounds, lambda masks: min(steps, masks), lambda masks: -(-masks // steps))
+    return Schedule(
+        bounds,
+        lambda masks: min(steps, masks),
+        lambda masks: -(-masks // steps),
+        _counted(bounds),
+    )
 
 
 def capped(geo: Geometry, **_: object) -> Schedule:
@@ -65,7 +72,7 @@ def capped(geo: Geometry, **_: object) -> Schedule:
         least_B = jnp.minimum(1, masks_B)
         return least_B, jnp.maximum(due_B - (start_B - masks_B), least_B)
 
-    return Schedule(bounds, lambda masks: masks, lambda masks: -(-masks // steps))
+    return Schedule(bounds, lambda masks: masks, lambda masks: -(-masks // steps), _counted(bounds))
 
 
 def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
@@ -76,12 +83,13 @@ def timestep(geo: Geometry, *, eps: float, **_: object) -> Schedule:
     shares = time_shares(geo.steps_per_block, eps)
     table = jnp.asarray(shares)
 
-    def share(step_B: Array) -> Array:
+    def share(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+        del start_B, masks_B
         return table[jnp.minimum(step_B, table.shape[0] - 1)]
 
     def bounds(start_B: Array, masks_B: Array, step_B: Array) -> tuple[Array, Array]:
-        del start_B
-        quota_B = jnp.floor(masks_B.astype(jnp.float32) * share(step_B)).astype(jnp.int32)
+        share_B = share(start_B, masks_B, step_B)
+        quota_B = jnp.floor(masks_B.astype(jnp.float32) * share_B).astype(jnp.int32)
         return quota_B, quota_B
 
     def most(masks: int) -> int:
@@ -106,7 +114,18 @@ def fixed(geo: Geometry, *, num_transfer_tokens: int, **_: object) -> Schedule:
         bounds,
         lambda masks: -(-masks // num_transfer_tokens),
         lambda masks: min(masks, num_transfer_tokens),
+        _counted(bounds),
     )
+
+
+def _counted(bounds: Bounds) -> Share:
+    """The share that a number of tokens amounts to."""
+
+    def share(start_B: Array, masks_B: Array, step_B: Array) -> Array:
+        least_B, _ = bounds(start_B, masks_B, step_B)
+        return least_B.astype(jnp.float32) / jnp.maximum(masks_B, 1).astype(jnp.float32)
+
+    return share
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

@@ -1,124 +1,154 @@
 """One denoising step: from a state to the next.
 
-    select -> pack -> walk over the layers -> hidden states where tokens may be put
-           -> candidate and confidence -> which to commit -> observe -> next step or block
-
-The step is ids in, ids out. It knows no model and no cache method by name: whatever is static
-(model, decoding configuration, method, geometry) and whatever stays constant is in `Setup`,
-whatever evolves in `DecodeState`. The drivers that repeat it are in `decode.py`.
+The step is ids in, ids out. It knows no model, no cache method and no strategy by name: whatever
+stays constant is in `Setup`, whatever evolves in `DecodeState`. The drivers that repeat it are in
+`loop.py`; the diagram of what happens in it opens `dlm_jax/decoding/__init__.py`.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from dlm_jax import queries
-from dlm_jax.cache.base import Observation, Variant
-from dlm_jax.decoding import canvas
-from dlm_jax.decoding.commit import commit, revoke
-from dlm_jax.decoding.forward import forward
-from dlm_jax.decoding.predict import propose
+from dlm_jax.cache.base import StepShape
+from dlm_jax.decoding import progress
+from dlm_jax.decoding.forward import Seen, forward
+from dlm_jax.decoding.predict import Predictions, predict, propose
+from dlm_jax.decoding.rows import Chance, Observation, Row, Rows, per_row
 from dlm_jax.decoding.state import DecodeState, Setup
-from dlm_jax.decoding.strategies import klass
 from dlm_jax.typing import Array, Bool, Int, PyTree
 
 
 def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = ()) -> DecodeState:
     """The state before the first step; `record` as in `diffusion_generate`."""
-    geo, decode, config = setup.geo, setup.decode, setup.model.config
+    geo, config, method, strategy = setup.geo, setup.model.config, setup.method, setup.strategy
     batch = tokens_BL.shape[0]
-    zeros_B = jnp.zeros(batch, jnp.int32)
-    memory = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (batch, *jnp.shape(leaf))), setup.method.init(geo)
-    )
+    zeros_B, false_BL = jnp.zeros(batch, jnp.int32), jnp.zeros(tokens_BL.shape, bool)
+    nothing_BL = jnp.zeros(tokens_BL.shape, jnp.float32)
     dtype = setup.params["embed"]["embedding"].dtype
     forwards = setup.most_forwards
     sets_TBL = jnp.zeros((forwards, *tokens_BL.shape), bool)
-    # An order goes on even if the candidate was the mask token, where that is not banned.
-    ordered = setup.draws.order is not None and setup.draws.order.ndim == 2
-    fillable = geo.length if decode.infill else geo.gen
+
+    def for_each(one: PyTree, rows: int) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), one)
+
     state = DecodeState(
-        tokens_BL=tokens_BL,
-        committed_at_BL=jnp.full(tokens_BL.shape, -1, jnp.int32),
-        confidence_BL=jnp.zeros(tokens_BL.shape, jnp.float32),
-        nfe=jnp.zeros((), jnp.int32),
-        step_B=zeros_B,
-        block_B=zeros_B,
-        block_step_B=zeros_B,
-        block_masks_B=zeros_B,
-        passed_BL=jnp.zeros(tokens_BL.shape, bool) if ordered and not decode.ban_mask else None,
-        stability=(
-            klass.begin(batch, fillable, config.vocab_size, decode.kl_history_length)
-            if decode.strategy == "klass"
-            else None
+        rows=Rows(
+            tokens_BL=tokens_BL,
+            valid_BL=setup.slots.valid_BL,
+            masked_BL=false_BL,
+            committed_BL=false_BL,
+            eligible_BL=false_BL,
+            next_BL=false_BL,
+            order_BL=nothing_BL,
+            attended_BL=setup.slots.valid_BL,
+            least_B=zeros_B,
+            most_B=zeros_B,
+            share_B=jnp.zeros(batch, jnp.float32),
+            block_B=zeros_B,
+            block_step_B=zeros_B,
+            step_B=zeros_B,
         ),
-        selected_BL=jnp.zeros(tokens_BL.shape, bool),
-        variant=jnp.zeros((), jnp.int32),
-        memory=memory,
-        cache=setup.method.init_cache(config, geo, setup.copies * batch, dtype),
+        committed_at_BL=jnp.full(tokens_BL.shape, -1, jnp.int32),
+        confidence_BL=nothing_BL,
+        nfe=jnp.zeros((), jnp.int32),
+        block_masks_B=zeros_B,
+        strategy_memory=for_each(strategy.init(config, geo), batch),
+        selected_BL=false_BL,
+        shape=jnp.zeros((), jnp.int32),
+        memory=for_each(method.init(geo), batch),
+        cache=for_each(method.init_cache(config, geo, dtype), setup.copies * batch),
         asked_TB=jnp.zeros((forwards, batch), jnp.float32),
-        variant_T=jnp.full(forwards, -1, jnp.int32),
+        shape_T=jnp.full(forwards, -1, jnp.int32),
         computed_TBL=sets_TBL if "computed" in record else None,
         layer_sets=(sets_TBL,) * config.num_layers if "computed_layers" in record else None,
         canvas_TBL=(
             jnp.zeros(sets_TBL.shape, jnp.int32)
-            if "history" in record and decode.strategy == "wino"
+            if "history" in record and strategy.revokes
             else None
         ),
     )
-    return canvas.enter(setup, state)
+    return progress.enter(setup, state)
 
 
-def step(setup: Setup, state: DecodeState, variant: Variant) -> DecodeState:
+def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     """One denoising step: computes the selected positions, commits tokens, chooses the next set."""
-    method, geo = setup.method, setup.geo
-    mask_id = setup.model.config.mask_id
-    rows, most_B = canvas.rows(setup, state)
-    active_B = jnp.any(rows.eligible_L, axis=-1)
+    mask_id, rows = setup.model.config.mask_id, state.rows
 
-    # Network and candidates: what the model would put where.
-    seen = forward(setup, state, rows, variant)
-    proposed = propose(setup, state, seen)
-    nowhere_BL = jnp.full(state.tokens_BL.shape, -jnp.inf, jnp.float32)
-    confidence_BL = queries.scatter(nowhere_BL, proposed.confidence, seen.slot_BW)
-    confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
+    # What the model would put where.
+    seen = forward(setup, state, shape)
+    predictions, strategy_memory = predict(setup, state._replace(cache=()), seen)
 
-    # Commit.
-    stability = state.stability
-    if stability is not None and proposed.tempered is not None:
-        stability = klass.update(stability, proposed.tempered, seen.slot_BW, active_B, geo.length)
-    commit_BL = commit(setup, state, stability, rows, most_B, seen, proposed)
-    tokens_BL = jnp.where(
-        commit_BL, queries.scatter(state.tokens_BL, proposed.token, seen.slot_BW), state.tokens_BL
+    # Commit, and revoke.
+    strategy_memory, chosen_BL, revoked_BL = _decide(
+        setup, state, seen, predictions, strategy_memory
     )
+    candidate_BL = queries.scatter(rows.tokens_BL, predictions.token, seen.slot_BW)
+    tokens_BL = jnp.where(chosen_BL, candidate_BL, rows.tokens_BL)
     # Where the mask token is not banned it may be chosen; the position is then still a mask.
-    final_BL = commit_BL & (tokens_BL != mask_id)
-    committed_at_BL = jnp.where(final_BL, state.nfe, state.committed_at_BL)
-    if proposed.standing is not None:
-        revoked_BL = revoke(setup, state, rows, commit_BL, seen, proposed.standing)
-        tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
-        committed_at_BL = jnp.where(revoked_BL, -1, committed_at_BL)
+    committed_BL = chosen_BL & (tokens_BL != mask_id)
+    tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
+    committed_at_BL = jnp.where(committed_BL, state.nfe, state.committed_at_BL)
+    committed_at_BL = jnp.where(revoked_BL, -1, committed_at_BL)
+    nowhere_BL = jnp.full(tokens_BL.shape, -jnp.inf, jnp.float32)
+    confidence_BL = queries.scatter(nowhere_BL, predictions.confidence, seen.slot_BW)
+    confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
+    told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
 
     # Remember.
-    obs = Observation(
-        state.selected_BL, seen.read_BL, commit_BL, confidence_BL, tokens_BL, seen.acc
+    def observe(row: Row, memory: PyTree, *seen: Array) -> PyTree:
+        return setup.method.observe(memory, row, Observation(*seen), setup.geo)
+
+    memory = per_row(observe)(
+        rows,
+        state.memory,
+        state.selected_BL,
+        seen.read_BL,
+        chosen_BL,
+        confidence_BL,
+        tokens_BL,
+        seen.acc,
     )
-    observed = jax.vmap(functools.partial(method.observe, geo=geo))(state.memory, rows, obs)
-    state = _record(setup, state, seen.acc, tokens_BL)
-    told_BL = jnp.where(final_BL, confidence_BL, state.confidence_BL)
-    state = state._replace(
-        tokens_BL=tokens_BL,
+    keep = jax.vmap(_keep_unless)
+    state = _record(setup, state, seen.acc, tokens_BL)._replace(
+        rows=rows._replace(tokens_BL=tokens_BL),
         committed_at_BL=committed_at_BL,
         confidence_BL=jnp.where(committed_at_BL < 0, 0.0, told_BL),
         nfe=state.nfe + 1,
-        passed_BL=None if state.passed_BL is None else state.passed_BL | commit_BL,
-        stability=stability,
-        step_B=state.step_B + active_B.astype(jnp.int32),
-        memory=jax.vmap(_keep_unless)(active_B, observed, state.memory),
+        strategy_memory=keep(rows.active_B, strategy_memory, state.strategy_memory),
+        memory=keep(rows.active_B, memory, state.memory),
         cache=seen.cache,
     )
-    return canvas.advance(setup, state)
+    return progress.advance(setup, state, rows.active_B)
+
+
+def _decide(
+    setup: Setup, state: DecodeState, seen: Seen, predictions: Predictions, strategy_memory: PyTree
+) -> tuple[PyTree, Bool[Array, "B L"], Bool[Array, "B L"]]:
+    """The strategy's memory after the step, what is committed, and what becomes a mask again."""
+    strategy, geo = setup.strategy, setup.geo
+    given_BL = setup.transfer_BL(state.nfe)
+
+    def decide(
+        row: Row,
+        memory: PyTree,
+        read_L: Array,
+        slot_W: Array,
+        predictions: Predictions,
+        chance: Chance,
+    ) -> tuple[PyTree, Array, Array]:
+        proposal = propose(setup, row, read_L, slot_W, predictions, chance)
+        memory, chosen_L = strategy.choose(memory, row, proposal, geo)
+        if not strategy.revokes:
+            return memory, chosen_L, jnp.zeros_like(chosen_L)
+        return memory, chosen_L, strategy.revoke(row, proposal, chosen_L, geo)
+
+    chances = Chance(setup.key_B, state.rows.step_B, setup.position_BL)
+    memory, chosen_BL, revoked_BL = per_row(decide)(
+        state.rows, strategy_memory, seen.read_BL, seen.slot_BW, predictions, chances
+    )
+    if given_BL is not None:
+        chosen_BL = seen.read_BL & state.rows.eligible_BL & given_BL
+    return memory, chosen_BL, revoked_BL
 
 
 def _keep_unless(active: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
@@ -129,7 +159,12 @@ def _record(
     setup: Setup, state: DecodeState, acc: PyTree, tokens_BL: Int[Array, "B L"]
 ) -> DecodeState:
     """Writes down what this forward computed, and where wanted the canvas after it."""
-    layer_sets = setup.method.layer_sets(state.selected_BL, acc, setup.model.config)
+    config = setup.model.config
+
+    def sets(selected_L: Array, acc: PyTree) -> tuple[Array, ...]:
+        return setup.method.layer_sets(selected_L, acc, config)
+
+    layer_sets = jax.vmap(sets)(state.selected_BL, acc)
     counts = [jnp.sum(set_BL, axis=-1, dtype=jnp.float32) for set_BL in layer_sets]
     asked_B = setup.copies * sum(counts, jnp.zeros(())) / len(counts)
 
@@ -138,7 +173,7 @@ def _record(
 
     state = state._replace(
         asked_TB=state.asked_TB.at[state.nfe].set(asked_B),
-        variant_T=state.variant_T.at[state.nfe].set(state.variant),
+        shape_T=state.shape_T.at[state.nfe].set(state.shape),
     )
     if state.computed_TBL is not None:
         state = state._replace(computed_TBL=put(state.computed_TBL, state.selected_BL))

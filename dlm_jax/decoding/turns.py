@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dlm_jax.models.base import Block, LayerFn
 from dlm_jax.queries import Queries
-from dlm_jax.typing import Array, Bool, Int, PyTree
+from dlm_jax.typing import Array, Bool, Float, Int, PyTree
 
 POSITIONS = 2048
 """About as many positions go through the network in a turn."""
@@ -103,14 +103,20 @@ def on_rows(layer: LayerFn, row_C: Int[Array, " C"]) -> LayerFn:
         block: Block, carry: tuple[Array, PyTree], layer_cache: PyTree, queries: Queries
     ) -> tuple[tuple[Array, PyTree], PyTree]:
         hidden, _ = carry
-        # Nothing but the layers before has the compiler take the rows of a layer after those of
-        # another. The comparison is never true, which it cannot know; `optimization_barrier` is
-        # gone by the time that XLA's CPU backend orders operations.
-        late = (hidden[0, 0, 0] > jnp.inf).astype(row_C.dtype)
-        carry, new = layer(block, carry, take(layer_cache, row_C + late), queries)
+        carry, new = layer(block, carry, take(layer_cache, after(hidden, row_C)), queries)
         return carry, put(layer_cache, new, row_C)
 
     return on_their_cache
+
+
+def after(hidden_BQD: Float[Array, "B Q D"], row_C: Int[Array, " C"]) -> Int[Array, " C"]:
+    """The same rows, which the compiler cannot know before the hidden states.
+
+    Nothing but the layers before has it take the rows of a layer after those of another. The
+    comparison is never true; `optimization_barrier` is gone by the time that XLA's CPU backend
+    orders operations.
+    """
+    return row_C + (hidden_BQD[0, 0, 0] > jnp.inf).astype(row_C.dtype)
 
 
 def take(values: PyTree, row_C: Int[Array, " C"]) -> PyTree:

@@ -161,7 +161,8 @@ def plain_layer(
     """The block without a cache: the queries attend to one another and nothing is kept."""
     hidden, acc = carry
     length = queries.valid_BL.shape[1]
-    real_BQ = (queries.index_BQ < length) & queries_lib.gather(queries.valid_BL, queries.index_BQ)
+    seen_BQ = queries_lib.gather(queries.attended_BL, queries.index_BQ)
+    real_BQ = (queries.index_BQ < length) & seen_BQ
     normed = block.norm(hidden)
     q = block.query(normed, queries.rotary_BQH)
     k = block.key(normed, queries.rotary_BQH)

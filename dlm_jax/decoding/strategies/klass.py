@@ -1,76 +1,126 @@
-"""KLASS (arXiv 2511.05664): only predictions that have settled are committed in parallel.
+"""KLASS (arXiv 2511.05664): only predictions that have become stable are committed in parallel.
 
-A prediction has settled when its distribution, compared by Kullback-Leibler divergence with that of
-the step before, hardly moved for `kl_history_length` steps. A rule then picks among the settled
-ones; where it finds none, the surest are committed, settled or not.
+A prediction is stable when its distribution, compared by Kullback-Leibler divergence with that of
+the step before, hardly moved for `kl_history_length` steps. A rule then picks among the stable
+ones; where it finds none, the surest are committed, stable or not.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 
 from dlm_jax import queries
+from dlm_jax.decoding.rows import Proposal, Row
+from dlm_jax.decoding.sampler import Distributions, Measure
+from dlm_jax.decoding.settings import Number, check_number, check_whole, nested, number, settings
+from dlm_jax.decoding.strategies.base import Rule, Strategy
+from dlm_jax.geometry import Geometry
+from dlm_jax.models import Config
 from dlm_jax.typing import Array, Bool, Float, Int
 
+if TYPE_CHECKING:
+    from dlm_jax.decoding.config import DecodeConfig
 
-class Stability(NamedTuple):
-    """What is known about how predictions move, for the last positions of the canvas.
 
-    S are all generated positions, and those of the prompt where these are filled as well.
-    """
+class Moves(NamedTuple):
+    """What is known about how the predictions of a row move, for all positions S of the canvas."""
 
-    probability_BSV: Float[Array, "B S V"]
+    probability_SV: Float[Array, "S V"]
     """Of the last step; 0 before the first."""
-    divergence_BSh: Float[Array, "B S h"]
+    divergence_Sh: Float[Array, "S h"]
     """Of the last steps from the one before, in nats, the newest last."""
 
 
-def begin(batch: int, size: int, vocabulary: int, history: int) -> Stability:
-    """Nothing is known. As in the original, steps that never were count as settled."""
-    return Stability(
-        jnp.zeros((batch, size, vocabulary), jnp.float32),
-        jnp.zeros((batch, size, history), jnp.float32),
-    )
+@settings
+class Klass(Strategy):
+    """Narrows what a rule finds sure to what is stable.
+
+    Memory: `Moves`, of the last positions of the canvas, as far as any of them can be filled.
+
+    Attributes:
+      rule: the rule, such as `Threshold` or `Factor`.
+      kl_threshold: a distribution is stable when its divergence from the one before was below this,
+        in nats, ...
+      kl_history_length: ... for so many steps.
+    """
+
+    rule: Rule = nested(Rule())
+    kl_threshold: Number = number(0.01)
+    kl_history_length: int = 2
+
+    name: ClassVar[str] = "klass"
+    schedules: ClassVar[tuple[str, ...]] = ("fixed",)
+    adaptive: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = True
+    whole: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.rule.by_confidence:
+            raise ValueError(
+                "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
+                "one of these two."
+            )
+        if self.kl_threshold is None:
+            raise ValueError("kl_threshold is None; it must be a number.")
+        check_number("kl_threshold", self.kl_threshold, "be above 0", above=0, most=float("inf"))
+        check_whole("kl_history_length", self.kl_history_length, 1)
+
+    def check(self, decode: "DecodeConfig") -> None:
+        self.rule.check(decode)
+
+    def init(self, config: Config, geo: Geometry) -> Moves:
+        # As in the original, steps that never were count as stable.
+        return Moves(
+            jnp.zeros((geo.fillable, config.vocab_size), jnp.float32),
+            jnp.zeros((geo.fillable, self.kl_history_length), jnp.float32),
+        )
+
+    def readable(self, row: Row, wanted_L: Bool[Array, " L"], geo: Geometry) -> Bool[Array, " L"]:
+        # Every prediction is followed, also those of later blocks.
+        return wanted_L | row.masked_L
+
+    def read(
+        self, measure: Measure, said: Distributions, there_W: Int[Array, " W"]
+    ) -> Float[Array, "W V"]:
+        del measure, there_W
+        return said.tempered
+
+    def choose(
+        self, memory: Moves, row: Row, proposal: Proposal, geo: Geometry
+    ) -> tuple[Moves, Bool[Array, " L"]]:
+        memory = followed(memory, proposal.wanted, proposal.slot_W, geo.length)
+        stable_L = proposal.candidate_L & stable(memory, self.kl_threshold, geo.length)
+        count = self.rule.count(proposal, stable_L)
+        found = count > 0
+        among_L = jnp.where(found, stable_L, proposal.candidate_L)
+        return memory, proposal.surest(jnp.where(found, count, row.least), among_L)
 
 
-def update(
-    stability: Stability,
-    log_p_BWV: Float[Array, "B W V"],
-    slot_BW: Int[Array, "B W"],
-    active_B: Bool[Array, " B"],
-    length: int,
-) -> Stability:
-    """What is known after a step; rows that are not active keep what they had.
+def followed(
+    moves: Moves, log_p_WV: Float[Array, "W V"], slot_W: Int[Array, " W"], length: int
+) -> Moves:
+    """What is known after a step.
 
     Args:
-      stability: what was known before.
-      log_p_BWV: the predictions that were read, as log-probabilities.
-      slot_BW: their slots; L marks an unused entry.
-      active_B: rows that take part in the step.
+      moves: what was known before.
+      log_p_WV: the predictions that were read, as log-probabilities.
+      slot_W: their slots; L marks an unused entry.
       length: L.
 
     A position that was not read has, as in the original, a uniform distribution. So it comes to
     rest while a cache leaves it out, and moves when it is computed again.
     """
-    batch, size, vocabulary = stability.probability_BSV.shape
-    place_BW = jnp.where(slot_BW < length, slot_BW - (length - size), size)
-    p_BSV = queries.scatter(
-        jnp.full((batch, size, vocabulary), 1.0 / vocabulary), jnp.exp(log_p_BWV), place_BW
-    )
-    moved = jnp.log(p_BSV + 1e-12) - jnp.log(stability.probability_BSV + 1e-12)
-    divergence_BS1 = jnp.sum(p_BSV * moved, axis=-1, keepdims=True)
-    divergence_BSh = jnp.concatenate([stability.divergence_BSh[..., 1:], divergence_BS1], axis=-1)
-    active_B11 = active_B[:, None, None]
-    return Stability(
-        jnp.where(active_B11, p_BSV, stability.probability_BSV),
-        jnp.where(active_B11, divergence_BSh, stability.divergence_BSh),
-    )
+    size, vocabulary = moves.probability_SV.shape
+    place_W = jnp.where(slot_W < length, slot_W - (length - size), size)
+    uniform_SV = jnp.full((size, vocabulary), 1.0 / vocabulary)
+    p_SV = queries.scatter_row(uniform_SV, jnp.exp(log_p_WV), place_W)
+    change_SV = jnp.log(p_SV + 1e-12) - jnp.log(moves.probability_SV + 1e-12)
+    divergence_S1 = jnp.sum(p_SV * change_SV, axis=-1, keepdims=True)
+    return Moves(p_SV, jnp.concatenate([moves.divergence_Sh[..., 1:], divergence_S1], axis=-1))
 
 
-def settled(
-    stability: Stability, kl_threshold: Float[Array, ""], length: int
-) -> Bool[Array, "B L"]:
+def stable(moves: Moves, kl_threshold: Float[Array, ""], length: int) -> Bool[Array, " L"]:
     """Positions whose prediction moved by less than `kl_threshold` in each of the last steps."""
-    size = stability.divergence_BSh.shape[1]
-    settled_BS = jnp.all(stability.divergence_BSh < kl_threshold, axis=-1)
-    return jnp.pad(settled_BS, ((0, 0), (length - size, 0)))
+    stable_S = jnp.all(moves.divergence_Sh < kl_threshold, axis=-1)
+    return jnp.pad(stable_S, (length - len(stable_S), 0))

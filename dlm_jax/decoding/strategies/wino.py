@@ -1,85 +1,109 @@
 """WINO (arXiv 2507.18578), wide in and narrow out: commits boldly, revokes what turns out wrong.
 
-Behind the canvas stands a shadow of the row's block, all masks. A shadow sees everything but the
-token at its own position, so that its output says what the model would put there, given the rest. A
-committed token that this makes too improbable becomes a mask again.
+Behind the canvas stands a shadow of the row's block (`dlm_jax/decoding/shadow.py`), whose output
+says what the model would put there, given the rest. A committed token that this makes too
+improbable becomes a mask again.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, ClassVar
 
 import jax.numpy as jnp
 
-from dlm_jax import queries as queries_lib
 from dlm_jax import ranking
+from dlm_jax.decoding.rows import Proposal, Row
+from dlm_jax.decoding.sampler import Distributions, Measure
+from dlm_jax.decoding.settings import Number, check_confidence, number, settings
+from dlm_jax.decoding.strategies.base import Strategy
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Block, Transformer
-from dlm_jax.queries import Queries, Slots
-from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
+from dlm_jax.models import Config
+from dlm_jax.typing import Array, Bool, Float, Int, PyTree
+
+if TYPE_CHECKING:
+    from dlm_jax.decoding.config import DecodeConfig
 
 
-def span(
-    block_B: Int[Array, " B"], active_B: Bool[Array, " B"], geo: Geometry
-) -> Int[Array, "B S"]:
-    """Slots of each row's block, `[B, S]`; L for a row that is not active."""
-    slot_BS = geo.prompt + block_B[:, None] * geo.block + jnp.arange(geo.block)[None]
-    return jnp.where(active_B[:, None], slot_BS, geo.length).astype(jnp.int32)
+@settings
+class Wino(Strategy):
+    """Commits what is sure of a block, and revokes what the rest makes unsure.
 
+    Every step gains at least what the schedule says, so it revokes fewer than it commits.
 
-def predict(
-    model: Transformer,
-    params: Params,
-    tokens_BL: Int[Array, "B L"],
-    selected_BL: Bool[Array, "B L"],
-    slots: Slots,
-    slot_BS: Int[Array, "B S"],
-) -> Float[Array, "B S D"]:
-    """Hidden states that predict the block: at masks as always, at tokens those of their shadows.
-
-    Args:
-      tokens_BL: the canvas.
-      selected_BL: what is computed of it.
-      slots: all slots of the canvas.
-      slot_BS: the block; L for rows that are not active.
+    Attributes:
+      wide_in_thres: how sure a token must be to be committed.
+      narrow_out_thres: what it must stay above in order not to be revoked.
     """
-    config, length = model.config, tokens_BL.shape[1]
-    index_BQ = jnp.concatenate([queries_lib.pack_index(selected_BL, length), slot_BS], axis=1)
-    rotary_BQH = queries_lib.gather(slots.rotary_BLH, index_BQ)
-    walked: Any = model.apply(
-        {"params": params},
-        jnp.concatenate([tokens_BL, jnp.full_like(slot_BS, config.mask_id)], axis=1),
-        Queries(index_BQ, rotary_BQH, slots),
-        ((),) * config.num_layers,
-        (),
-        ((0, config.num_layers, _layer),),
-        method="walk",
-    )
-    hidden_BQD, _, _ = walked
-    masked_BS = queries_lib.gather(tokens_BL, slot_BS) == config.mask_id
-    shadow_BS = length + jnp.broadcast_to(jnp.arange(slot_BS.shape[1]), slot_BS.shape)
-    return queries_lib.gather(hidden_BQD, jnp.where(masked_BS, slot_BS, shadow_BS))
 
+    wide_in_thres: Number = number(0.6)
+    narrow_out_thres: Number = number(0.9)
 
-def _layer(
-    block: Block, carry: tuple[Array, PyTree], layer_cache: PyTree, queries: Queries
-) -> tuple[tuple[Array, PyTree], PyTree]:
-    """A block in which the canvas does not see the shadows, and no shadow its own token."""
-    hidden, acc = carry
-    length = queries.valid_BL.shape[1]
-    index_BQ, size = queries.index_BQ, queries.index_BQ.shape[1]
-    real_BQ = (index_BQ < length) & queries_lib.gather(queries.valid_BL, index_BQ)
-    shadow_Q = jnp.arange(size) >= length
-    hidden_QQ = ~shadow_Q[:, None] & shadow_Q[None]
-    own_BQQ = (index_BQ[:, :, None] == index_BQ[:, None, :]) & (
-        shadow_Q[:, None] & ~shadow_Q[None]
-    )[None]
-    normed = block.norm(hidden)
-    q = block.query(normed, queries.rotary_BQH)
-    k = block.key(normed, queries.rotary_BQH)
-    v = block.value(normed)
-    seen_BQQ = real_BQ[:, None, :] & ~hidden_QQ[None] & ~own_BQQ
-    out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen_BQQ)
-    hidden = hidden + out
-    return (hidden + block.ffn(hidden), acc), layer_cache
+    name: ClassVar[str] = "wino"
+    schedules: ClassVar[tuple[str, ...]] = ("fixed",)
+    adaptive: ClassVar[bool] = True
+    exact: ClassVar[bool] = False
+    shadows: ClassVar[bool] = True
+    revokes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("wide_in_thres", "narrow_out_thres"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} is None; it must be a number.")
+            check_confidence(name, getattr(self, name))
+
+    def check(self, decode: "DecodeConfig") -> None:
+        for name, given in (("cfg_scale", decode.guided), ("infill", decode.infill)):
+            if given:
+                raise ValueError(
+                    f"strategy is 'wino', which has no meaning with {name}; leave that out."
+                )
+        if not decode.measure.is_probability:
+            raise ValueError(
+                f"alg is {decode.alg!r}; the strategy 'wino' compares probabilities, so it must "
+                "be 'low_confidence' or 'maskgit_plus'."
+            )
+
+    def check_model(self, config: Config) -> None:
+        if config.shift:
+            raise ValueError(
+                "strategy is 'wino', which checks a token by predicting it at its own position; "
+                f"{config.family} predicts it at the one before, so take another strategy."
+            )
+
+    def check_cache(self, name: str, keeps: bool) -> None:
+        if keeps:
+            raise ValueError(
+                f"cache is {name!r}, which keeps keys and values; the strategy 'wino' has no "
+                "meaning with that, so take the cache 'none'."
+            )
+
+    def readable(self, row: Row, wanted_L: Bool[Array, " L"], geo: Geometry) -> Bool[Array, " L"]:
+        start = geo.prompt + row.block * geo.block
+        slot_L = jnp.arange(geo.length)
+        return (slot_L >= start) & (slot_L < start + geo.block)
+
+    def read(
+        self, measure: Measure, said: Distributions, there_W: Int[Array, " W"]
+    ) -> Float[Array, " W"]:
+        return measure.confidence(said, there_W)
+
+    def choose(
+        self, memory: PyTree, row: Row, proposal: Proposal, geo: Geometry
+    ) -> tuple[PyTree, Bool[Array, " L"]]:
+        count = jnp.sum(proposal.reaching(self.wide_in_thres), dtype=jnp.int32)
+        masks = jnp.sum(proposal.read_L, dtype=jnp.int32)
+        return memory, proposal.surest(jnp.clip(count, row.least, most(masks, row.least)))
+
+    def revoke(
+        self, row: Row, proposal: Proposal, chosen_L: Bool[Array, " L"], geo: Geometry
+    ) -> Bool[Array, " L"]:
+        # What was not read is in no doubt.
+        probability_L = proposal.place(proposal.wanted, jnp.inf)
+        return revoked(
+            probability_L,
+            row.committed_L,
+            self.narrow_out_thres,
+            jnp.sum(chosen_L, dtype=jnp.int32),
+            row.least,
+        )
 
 
 def most(masks: Int[Array, "*B"], least: Int[Array, "*B"]) -> Int[Array, "*B"]:
@@ -97,8 +121,8 @@ def revoked(
     """Which tokens of one row become masks again: as many less than are committed as `least` says.
 
     Args:
-      probability_L: of the tokens, according to their shadows.
-      committed_L: tokens of the block that were committed in earlier steps.
+      probability_L: of the tokens, according to their shadows; infinite where there is none.
+      committed_L: tokens that were committed in earlier steps.
       narrow_out_thres: what a probability must not be below.
       committed_now: tokens that this step commits.
       least: what the canvas must gain in the step.

@@ -1,0 +1,196 @@
+"""Where a generation begins: its arguments are checked, its constants and its first canvas made."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from dlm_jax.cache.base import CacheMethod
+from dlm_jax.cache.none import NoCache
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.settings import traced
+from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup
+from dlm_jax.decoding.step import begin
+from dlm_jax.keys import row_keys
+from dlm_jax.models.base import Config, Transformer, lay_out
+from dlm_jax.queries import Slots
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Params
+
+
+def start(
+    params: Params,
+    model: Transformer,
+    prompt_BP: ArrayOrNumpy,
+    prompt_mask_BP: ArrayOrNumpy | None = None,
+    *,
+    key: Array,
+    decode: DecodeConfig,
+    cache: CacheMethod = NoCache(),  # noqa: B008 (immutable)
+    record: tuple[str, ...] = (),
+    draws: Draws = Draws(),  # noqa: B008 (immutable)
+    logits_processor: LogitsProcessor | None = None,
+    token_freq: ArrayOrNumpy | None = None,
+) -> tuple[Setup, DecodeState]:
+    """The constants of a generation and its state before the first step.
+
+    For whoever drives the steps: `step.step(setup, state, shape)` makes one, of the step shape
+    `cache.step_shapes(setup.geo)[state.shape]`, and `progress.unfinished` says whether there is
+    more to do. Arguments and errors are those of `diffusion_generate`.
+    """
+    setup, tokens_BL = prepare(
+        params,
+        model,
+        prompt_BP,
+        prompt_mask_BP,
+        key=key,
+        decode=decode,
+        cache=cache,
+        draws=draws,
+        logits_processor=logits_processor,
+        token_freq=token_freq,
+    )
+    return setup, _jit_begin(setup, tokens_BL, record=tuple(sorted(record)))
+
+
+def prepare(
+    params: Params,
+    model: Transformer,
+    prompt_BP: ArrayOrNumpy,
+    prompt_mask_BP: ArrayOrNumpy | None,
+    *,
+    key: Array,
+    decode: DecodeConfig,
+    cache: CacheMethod,
+    draws: Draws,
+    logits_processor: LogitsProcessor | None,
+    token_freq: ArrayOrNumpy | None,
+) -> tuple[Setup, Int[Array, "B L"]]:
+    """The constants of a generation and its first canvas; all arguments are checked.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    config = model.config
+    given_BP = prompt_BP  # sharded, perhaps; what is checked is a copy
+    if not isinstance(prompt_BP, Tracer):
+        prompt_BP = np.asarray(prompt_BP)
+    if jnp.ndim(prompt_BP) != 2:
+        raise ValueError(
+            f"The prompt has shape {jnp.shape(prompt_BP)}; it must be [batch, prompt length]."
+        )
+    if prompt_mask_BP is None:
+        prompt_mask_BP = np.ones(jnp.shape(prompt_BP), bool)
+    if jnp.shape(prompt_mask_BP) != jnp.shape(prompt_BP):
+        raise ValueError(
+            f"The prompt mask has shape {jnp.shape(prompt_mask_BP)}; it must be that of the "
+            f"prompt, {jnp.shape(prompt_BP)}."
+        )
+    batch, prompt = jnp.shape(prompt_BP)
+    if batch < 1:
+        raise ValueError("The prompt has no rows; at least one is needed.")
+    if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
+        raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
+    if not isinstance(cache, CacheMethod):
+        raise ValueError(f"cache is {cache!r}; make one with dlm_jax.cache.make(name, ...).")
+    cache.check(config, decode)
+    geo = decode.geometry(prompt=prompt, shift=config.shift)
+    _check_draws(draws, (batch, geo.length), decode)
+    if token_freq is not None and not decode.debiasable:
+        raise ValueError(
+            "token_freq debiases probabilities that rank positions, which "
+            f"{decode.strategy.spelling} with alg {decode.alg!r} does not go by; take alg "
+            "'low_confidence' or 'maskgit_plus'."
+        )
+    if token_freq is not None and jnp.shape(token_freq) != (config.vocab_size,):
+        raise ValueError(
+            f"token_freq has shape {jnp.shape(token_freq)}; it must hold a number for each of the "
+            f"{config.vocab_size} tokens."
+        )
+    if token_freq is not None and not isinstance(token_freq, Tracer):
+        share_V = np.asarray(token_freq)
+        if not ((share_V >= 0) & (share_V <= 1)).all():
+            raise ValueError("token_freq holds numbers outside [0, 1]; it must hold shares.")
+    config.check_length(prompt, geo.gen)
+    if not isinstance(prompt_BP, Tracer):
+        if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
+            raise ValueError(
+                f"The prompt holds token ids from {prompt_BP.min()} to {prompt_BP.max()}; they "
+                f"must lie in 0 to {config.vocab_size - 1}."
+            )
+        if not decode.infill and (prompt_BP == config.mask_id).any():
+            raise ValueError("The prompt holds mask tokens; set infill=True to have them filled.")
+    if not isinstance(prompt_mask_BP, Tracer):
+        prompt_mask_BP = np.asarray(prompt_mask_BP, bool)
+        if (prompt_mask_BP[:, :-1] & ~prompt_mask_BP[:, 1:]).any():
+            raise ValueError(
+                "The prompt mask has padding behind tokens; prompts must be padded left."
+            )
+    slots, tokens_BL = _canvas(
+        jnp.asarray(given_BP, jnp.int32),
+        jnp.asarray(prompt_mask_BP, bool),
+        gen=geo.gen,
+        config=config,
+    )
+    setup = Setup(
+        model=model,
+        method=cache,
+        geo=geo,
+        logits_processor=logits_processor,
+        decode=traced(decode),
+        params=params,
+        slots=slots,
+        key_B=_row_keys(key, batch),
+        draws=draws,
+        token_freq_V=None if token_freq is None else jnp.asarray(token_freq, jnp.float32),
+    )
+    strategy = decode.strategy
+    if strategy.ordered and not strategy.redraws and draws.order is None:
+        setup = dataclasses.replace(setup, draws=draws._replace(order=_draw_order(setup)))
+    return setup, tokens_BL
+
+
+@functools.partial(jax.jit, static_argnames=("gen", "config"))
+def _canvas(
+    prompt_BP: Int[Array, "B P"], mask_BP: Bool[Array, "B P"], *, gen: int, config: Config
+) -> tuple[Slots, Int[Array, "B L"]]:
+    """The prompt, and masks behind it."""
+    masks_BG = jnp.full((len(prompt_BP), gen), config.mask_id, jnp.int32)
+    valid_BL = jnp.concatenate([mask_BP, jnp.ones_like(masks_BG, bool)], axis=1)
+    return lay_out(config, valid_BL), jnp.concatenate([prompt_BP, masks_BG], axis=1)
+
+
+@jax.jit
+def _draw_order(setup: Setup) -> Array:
+    # No denoising step has this number, so that no noise is correlated with the order.
+    return setup.draw_order(jnp.full(len(setup.key_B), -1, jnp.int32))
+
+
+_row_keys = jax.jit(row_keys, static_argnums=1)
+_jit_begin = jax.jit(begin, static_argnames="record")
+
+
+def _check_draws(draws: Draws, row: tuple[int, int], decode: DecodeConfig) -> None:
+    """Refuses choices from outside that fit neither the shape [B, L] nor the strategy."""
+    (order, transfer), strategy = draws, decode.strategy
+    axes = 3 if strategy.redraws else 2
+    if order is not None and not (
+        strategy.ordered and jnp.ndim(order) == axes and jnp.shape(order)[-2:] == row
+    ):
+        raise ValueError(
+            f"draws.order has shape {jnp.shape(order)} and {strategy.spelling}; it must be {row}, "
+            "a number per row and position, for the strategy 'random', or one such array per "
+            "forward if that is redrawn."
+        )
+    if transfer is not None and not (
+        (strategy.drawn or decode.alg_temp is not None)
+        and jnp.ndim(transfer) == 3
+        and jnp.shape(transfer)[-2:] == row
+    ):
+        raise ValueError(
+            f"draws.transfer has shape {jnp.shape(transfer)}; it must be (forwards, "
+            f"{row[0]}, {row[1]}), what each forward fills, for a strategy that draws it or an "
+            "alg_temp."
+        )
