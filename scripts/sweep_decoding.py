@@ -37,6 +37,7 @@ from dlm_jax.arithmetic import Problem, problems
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli.options import check_picture
+from dlm_jax.decoding import strategies
 from dlm_jax.engine import check_rows
 from dlm_jax.files import write, write_json
 
@@ -47,18 +48,27 @@ def _each(name: str, values: Sequence[float], **others: Any) -> dict[str, dict[s
     return {f"{value:g}": {name: value} | others for value in values}
 
 
+def _made(
+    strategy: str, name: str, values: Sequence[float], **others: Any
+) -> dict[str, dict[str, Any]]:
+    made = _each(name, values, **others)
+    return {
+        label: dict(strategy=strategies.make(strategy, **given)) for label, given in made.items()
+    }
+
+
 LINES: dict[str, dict[str, dict[str, Any]]] = {
     "fixed number": _each("num_transfer_tokens", (1, 2, 4), schedule="fixed"),
     "threshold": _each("threshold", (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "factor": _each("factor", (0.1, 0.5, 1.0, 2.0, 3.0, 4.0)),
     "gamma": _each("gamma", (0.0001, 0.001, 0.01, 0.1, 1.0)),
     **{
-        f"klass, kl_threshold {kl:g}": _each(
-            "threshold", (0.9, 0.8, 0.7, 0.6), strategy="klass", kl_threshold=kl
+        f"klass, kl_threshold {kl:g}": _made(
+            "klass", "threshold", (0.9, 0.8, 0.7, 0.6), kl_threshold=kl
         )
         for kl in (0.01, 0.1)
     },
-    "wino": _each("wide_in_thres", (0.8, 0.7, 0.6), strategy="wino", narrow_out_thres=0.9),
+    "wino": _made("wino", "wide_in_thres", (0.8, 0.7, 0.6), narrow_out_thres=0.9),
 }
 """What is swept: line -> label -> arguments of `DecodeConfig`, the most careful ones first.
 

@@ -7,17 +7,13 @@ from typing import Any
 import numpy as np
 
 from dlm_jax import tokenizer
+from dlm_jax.decoding import strategies
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.models import Config
 
 APART = ("gen_length", "infill", "suppress")
 """Options named like arguments of `DecodeConfig` that need more than to be handed on."""
-STRATEGY_ARGS = {
-    "klass": ("kl_threshold", "kl_history_length"),
-    "wino": ("wide_in_thres", "narrow_out_thres"),
-}
-"""What --strategy-args may name for each strategy; fields of `DecodeConfig`."""
 
 
 def overrides(args: argparse.Namespace, tok: Any) -> dict[str, Any]:
@@ -33,7 +29,7 @@ def overrides(args: argparse.Namespace, tok: Any) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in passed(args)}
     chosen |= dict(stop_until_eos=args.stop_at_eos or None, suppress=suppress or None)
     given = {name: value for name, value in chosen.items() if value is not None}
-    return given | _strategy_args(args)
+    return given if args.strategy is None else _with_strategy(given, args.strategy_args)
 
 
 def passed(args: argparse.Namespace) -> list[str]:
@@ -42,21 +38,16 @@ def passed(args: argparse.Namespace) -> list[str]:
     return [name for name in arguments if name in args and name not in APART]
 
 
-def _strategy_args(args: argparse.Namespace) -> dict[str, int | float]:
-    """The arguments of --strategy-args, if they are the strategy's."""
-    known = STRATEGY_ARGS.get(args.strategy)
-    if known is None:
-        return {}  # `DecodeConfig` refuses the strategy
-    for name, value in args.strategy_args.items():
-        if name not in known:
-            raise ValueError(
-                f"The strategy {args.strategy!r} has no argument {name!r}; it takes "
-                f"{', '.join(known)}."
-            )
-        if type(value) not in (int, float) or not abs(value) < 2**31:
-            raise ValueError(f"{name} is {value!r}; it must be a number.")
+def _with_strategy(given: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with a strategy in place of its name, and of the rule that it narrows."""
+    rules = {name: given[name] for name in strategies.shorthands() if name in given}
+    for name in rules.keys() & arguments.keys():
+        raise ValueError(f"{name} is given twice; leave it out of --strategy-args, or --{name}.")
     # JSON does not tell 2.0 from 2.
-    return {k: int(x) if x == int(x) else x for k, x in args.strategy_args.items()}
+    whole = {name: int(x) for name, x in arguments.items() if type(x) is float and x.is_integer()}
+    strategy = strategies.make(given["strategy"], **rules, **arguments | whole)
+    rest = {name: value for name, value in given.items() if name not in rules}
+    return rest | dict(strategy=strategy)
 
 
 def token_freq(args: argparse.Namespace, config: Config, decode: DecodeConfig) -> np.ndarray | None:

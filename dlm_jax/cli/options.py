@@ -6,6 +6,7 @@ to import.
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import math
@@ -20,6 +21,11 @@ from dlm_jax import compilation, files
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
 
+TABLES = {
+    "cache": ("dlm_jax.cache", "METHODS"),
+    "strategy": ("dlm_jax.decoding.strategies", "STRATEGIES"),
+}
+"""Option -> module and table that know what it can be."""
 Add = Callable[..., Any]
 """`add_argument` of a parser or a group."""
 
@@ -29,6 +35,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def format_help(self) -> str:
+        """Reads the names that an option can have only now, since importing them takes time."""
+        for action in self._actions:
+            if action.dest in TABLES and action.help is not None:
+                module, table = TABLES[action.dest]
+                names = ", ".join(getattr(importlib.import_module(module), table))
+                action.help = action.help.replace("{names}", names)
+        return super().format_help()
 
 
 def add_model(add: Add) -> None:
@@ -89,14 +104,13 @@ def add_pace(add: Add, *, otherwise: str) -> None:
     add("--threshold", type=number, metavar="X", help="rule: all that are at least so sure")
     add("--factor", type=number, metavar="X", help="rule: the surer, the more at once")
     add("--gamma", type=number, metavar="X", help="rule: as long as entropies sum up to X nats")
-    add("--strategy", metavar="NAME", help="klass, with a threshold or factor; or wino")
+    add("--strategy", metavar="NAME", help="which positions a step commits: {names} [surest]")
     add(
         "--strategy-args",
         type=pairs,
         default={},
         metavar="K=V,...",
-        help="arguments of the strategy, as kl_threshold=0.01,kl_history_length=2 or "
-        "wide_in_thres=0.6,narrow_out_thres=0.9",
+        help="arguments of the strategy; docs/decoding.md describes them",
     )
 
 
@@ -129,8 +143,7 @@ def add_cache(add: Add) -> None:
         "--cache",
         default="none",
         metavar="NAME",
-        help="none, dkv-decode, dkv-greedy, dkv-prefill, dkv-pd, prefix, dual, dllm or d2cache "
-        "[none]",
+        help="{names} [none]",
     )
     add(
         "--cache-args",

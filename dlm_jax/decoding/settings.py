@@ -142,3 +142,9 @@ def check_whole(name: str, value: Any, least: int) -> None:
     whole = np.issubdtype(value.dtype, np.integer) if array else isinstance(value, numbers.Integral)
     if not whole or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value}; it must be a whole number from {least} on.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false.")

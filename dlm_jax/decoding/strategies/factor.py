@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dlm_jax import ranking
 from dlm_jax.decoding.rows import Proposal
-from dlm_jax.decoding.settings import Number, check_number, number, settings
+from dlm_jax.decoding.settings import Number, check_flag, check_number, number, settings
 from dlm_jax.decoding.strategies.base import Rule
 from dlm_jax.typing import Array, Bool, Float, Int
 
@@ -31,6 +31,7 @@ class Factor(Rule):
 
     def __post_init__(self) -> None:
         check_number("factor", self.factor, "be above 0", above=0, most=math.inf)
+        check_flag("spare_last", self.spare_last)
 
     def count(self, proposal: Proposal, among_L: Bool[Array, " L"]) -> Int[Array, ""]:
         everything = jnp.sum(among_L, dtype=jnp.int32) - int(self.spare_last)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dlm_jax import ranking
 from dlm_jax.decoding.rows import CHOICE, Proposal, Row
-from dlm_jax.decoding.settings import settings
+from dlm_jax.decoding.settings import check_flag, settings
 from dlm_jax.decoding.strategies.base import Strategy
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Config
@@ -31,6 +31,9 @@ class Random(Strategy):
     as_alg: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
     ordered: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_flag("redrawn", self.redrawn)
 
     @property
     def redraws(self) -> bool:
