@@ -7,6 +7,7 @@ import pytest
 
 import dlm_jax
 from dlm_jax import models
+from dlm_jax.decoding import strategies
 from dlm_jax.eval import arguments
 from dlm_jax.eval.arguments import Settings
 from dlm_jax.likelihood import LikelihoodConfig
@@ -39,6 +40,21 @@ def test_settings_are_sorted_into_decoding_cache_and_likelihood():
         likelihood=dict(estimator="ar_ftb", log_type="btf", mc_num=32, batch_size=8),
     )
     assert arguments.sort_out("none", {}) == Settings()
+
+
+def test_a_strategy_has_arguments_of_its_own():
+    named = dict(strategy="klass", threshold=0.9, kl_threshold=0.1, kl_history_length=3)
+    klass = strategies.make(named["strategy"], threshold=0.9, kl_threshold=0.1, kl_history_length=3)
+    assert arguments.sort_out("none", named | dict(factor=None)) == Settings(
+        decode=dict(strategy=klass, factor=None)
+    )
+    # Without any, the rule may come from elsewhere.
+    plain = dict(strategy="klass", gen_length=8)
+    assert arguments.sort_out("none", plain) == Settings(decode=plain)
+    with pytest.raises(ValueError, match="There is no setting 'kl_threshold'"):
+        arguments.sort_out("none", dict(kl_threshold=0.1))
+    with pytest.raises(ValueError, match="strategy is 'klas'; it must be one of"):
+        arguments.sort_out("none", dict(strategy="klas"))
 
 
 def test_settings_have_others_below_them():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dlm_jax import cache as cache_lib
+from dlm_jax.decoding import strategies
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.estimators import ESTIMATORS
 from dlm_jax.likelihood import LikelihoodConfig
@@ -85,8 +86,9 @@ def yes_or_no(name: str, value: Any) -> bool:
 def sort_out(cache: str, named: Mapping[str, Any]) -> Settings:
     """What all settings together, by name, are about: decoding, cache method or likelihood.
 
-    A name that decoding and cache method share means the decoding's; with `cache_` before it, any
-    name means the method's.
+    Beside arguments of `DecodeConfig`, decoding knows those of the strategy that is named. A name
+    that decoding and cache method share means the decoding's; with `cache_` before it, any name
+    means the method's.
 
     Raises:
       ValueError: no such method or setting, or a setting that evaluation has no use for.
@@ -94,7 +96,9 @@ def sort_out(cache: str, named: Mapping[str, Any]) -> Settings:
     if cache not in cache_lib.METHODS:
         raise ValueError(f"cache is {cache!r}; it must be one of {', '.join(cache_lib.METHODS)}.")
     own = {field.name for field in dataclasses.fields(cache_lib.METHODS[cache])}
-    decode, method, likelihood = {}, {}, {}
+    chosen = named.get("strategy")
+    of_strategy = strategies.arguments(chosen) if isinstance(chosen, str) else ()
+    decode, method, likelihood, strategy = {}, {}, {}, {}
     for name, value in named.items():
         if name in _UNSUITED:
             raise ValueError(f"{name} is not for evaluation: {_UNSUITED[name]}.")
@@ -106,6 +110,8 @@ def sort_out(cache: str, named: Mapping[str, Any]) -> Settings:
             if isinstance(value, str) and name not in _NAMED:
                 raise ValueError(f"{name} is {value!r}; it must not be a text.")
             decode[name] = value
+        elif name in of_strategy:
+            strategy[name] = value
         elif name in own:
             method[name] = value
         elif name.removeprefix("cache_") in own:
@@ -115,6 +121,11 @@ def sort_out(cache: str, named: Mapping[str, Any]) -> Settings:
                 f"There is no setting {name!r}; settings are fields of DecodeConfig, such as "
                 f"gen_length, and for the cache {cache}: {', '.join(sorted(own)) or 'none'}."
             )
+    if strategy:
+        # The rule that it narrows is one of its arguments.
+        rules = [name for name in strategies.shorthands() if decode.get(name) is not None]
+        strategy |= {name: decode.pop(name) for name in rules}
+        decode["strategy"] = strategies.make(decode["strategy"], **strategy)
     return Settings(cache=cache, cache_args=method, decode=decode, likelihood=likelihood)
 
 

@@ -14,7 +14,7 @@ from dlm_jax import cache as cache_lib
 from dlm_jax import tokenizer
 from dlm_jax.cache import CacheMethod
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.sampler import ALGORITHMS
+from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.eval.arguments import Settings
 from dlm_jax.models import Config
 
@@ -147,8 +147,8 @@ def _decoding(task: str, recipe: Recipe, wishes: Mapping[str, Any]) -> dict[str,
     fields |= wishes
     if _name(task) in GEN_LENGTHS:
         fields["gen_length"] = GEN_LENGTHS[_name(task)]
-    measure = ALGORITHMS.get(given.get("alg") or "")
-    paced = measure is not None and measure.thinned  # by a schedule of its own
+    order = STRATEGIES.get(given.get("alg") or "")  # where alg is no measure
+    paced = order is not None and "fixed" not in order.schedules  # by a schedule of its own
     if not paced and not {"steps", "schedule", "strategy"} & given.keys():
         fields["schedule"] = "fixed"  # one token per step
     if cache == "d2cache":
