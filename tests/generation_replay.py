@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from reference_rules import by_score, slow_bounded, slow_factored
-from strategy_table import FREQUENCY, GEN, LENGTH, MASK, VOCAB
+from strategy_table import FREQUENCY, GEN, LENGTH, MASK, VOCAB, parameter
 from tiny_models import small
 
+from dlm_jax.decoding import shadow
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.strategies import wino
 from dlm_jax.models.base import lay_out, unembed
 
 
@@ -69,7 +69,7 @@ def check(out, prompt: np.ndarray, decode: DecodeConfig) -> None:
                     assert masked[position] or decode.fill_past_eos
                     committed_at[position] = step
                 else:
-                    assert decode.strategy == "wino" and after[position] == MASK
+                    assert decode.strategy.name == "wino" and after[position] == MASK
                     committed_at[position] = -1
             before = after
         np.testing.assert_array_equal(committed_at, out.committed_at[row])
@@ -93,7 +93,7 @@ def network(family: str, guided: bool, shadowed: bool):
             out = jnp.stack([out, blank])
         if shadowed:
             layout = lay_out(model.config, valid_BL)
-            hidden = wino.predict(model, params, canvas_BL, valid_BL, layout, slot_BS)
+            hidden = shadow.predict(model, params, canvas_BL, valid_BL, valid_BL, layout, slot_BS)
             inside = unembed(model, params, hidden)
             out = jax.vmap(lambda o, s, slots: o.at[slots].set(s, mode="drop"))(
                 out, inside, slot_BS
@@ -126,7 +126,9 @@ class RowReplay:
         self.decode, self.prompt, self.debiased = decode, prompt, debiased
         self.block, self.block_step, self.start = None, 0, 0
         self.before = np.zeros((GEN, VOCAB))
-        self.divergence = [np.zeros(GEN) for _ in range(decode.kl_history_length)]
+        self.kind = decode.strategy.name
+        history = parameter(decode, "kl_history_length") or 0
+        self.divergence = [np.zeros(GEN) for _ in range(history)]
 
     def measure(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Best token, confidence and distribution of every slot."""
@@ -146,16 +148,19 @@ class RowReplay:
 
     def count(self, score, confidence, p, among: np.ndarray) -> int:
         """What the rule takes of the given positions; bounded by nothing."""
-        decode = self.decode
-        if decode.threshold is not None or decode.strategy == "wino":
-            level = decode.wide_in_thres if decode.threshold is None else decode.threshold
+        threshold, wide_in_thres, factor, gamma = (
+            parameter(self.decode, name)
+            for name in ("threshold", "wide_in_thres", "factor", "gamma")
+        )
+        if threshold is not None or wide_in_thres is not None:
+            level = wide_in_thres if threshold is None else threshold
             return sum(bool(among[i]) and score[i] >= level for i in range(len(score)))
-        if decode.factor is not None:
-            found = slow_factored(score, among, decode.factor)
-            return min(found, int(among.sum()) - decode.spare_last)
+        if factor is not None:
+            found = slow_factored(score, among, factor)
+            return min(found, int(among.sum()) - parameter(self.decode, "spare_last"))
         with np.errstate(divide="ignore", invalid="ignore"):
             entropy = -np.where(p > 0, p * np.log(p), 0).sum(axis=-1)
-        return slow_bounded(score, entropy, among, decode.gamma)
+        return slow_bounded(score, entropy, among, gamma)
 
     def step(self, canvas: np.ndarray, logits: np.ndarray, chosen: np.ndarray) -> dict:
         """Checks the positions that a step chose; returns what was to be put there."""
@@ -180,36 +185,36 @@ class RowReplay:
         least, most = (int(bound[0]) for bound in decode.make_schedule(geo).bounds(*arrays))
         self.block_step += 1
         among, number = eligible, least
-        if decode.strategy == "klass":
-            settled = self.settled(p[prompt:])
-            sure = eligible & np.concatenate([np.zeros(prompt, bool), settled])
+        if self.kind == "klass":
+            stable = self.stable(p[prompt:])
+            sure = eligible & np.concatenate([np.zeros(prompt, bool), stable])
             found = self.count(score, confidence, p, sure)
             if found:
                 among, number = sure, found
-        elif decode.strategy == "wino":
+        elif self.kind == "wino":
             most = max(min(max(int(0.7 * eligible.sum()), 5), 20), least)
             number = min(max(self.count(score, confidence, p, eligible), least), most)
-        elif decode.parallel:
+        elif decode.strategy.adaptive:
             number = min(max(self.count(score, confidence, p, eligible), least), most)
-        if not decode.measure.thinned:
+        if self.kind != "origin":
             assert chosen.sum() == number
         assert not (chosen & ~among).any()
-        ranked = decode.measure.ranks and not decode.alg_temp
+        ranked = decode.strategy.ranks and not decode.alg_temp
         if ranked and not decode.temperature and chosen.any() and (among & ~chosen).any():
             assert score[chosen].min() >= score[among & ~chosen].max() - 1e-5
         return dict(token=token, confidence=confidence, p=p, least=least)
 
-    def settled(self, p: np.ndarray) -> np.ndarray:
+    def stable(self, p: np.ndarray) -> np.ndarray:
         moved = np.log(p + 1e-12) - np.log(self.before + 1e-12)
         self.divergence = [*self.divergence[1:], (p * moved).sum(axis=-1)]
         self.before = p
-        return np.all([d < self.decode.kl_threshold for d in self.divergence], axis=0)
+        return np.all([d < parameter(self.decode, "kl_threshold") for d in self.divergence], axis=0)
 
 
 def replay(family: str, out, prompt, mask, decode: DecodeConfig, debiased=False) -> None:
     """Checks every choice of a generation; tokens and confidences too, where nothing is random."""
     length = prompt.shape[1]
-    logits_of = network(family, decode.guided, decode.strategy == "wino")
+    logits_of = network(family, decode.guided, decode.strategy.name == "wino")
     valid = np.concatenate([mask, np.ones((len(prompt), GEN), bool)], axis=1)
     canvas = np.concatenate([prompt, np.full((len(prompt), GEN), MASK, np.int32)], axis=1)
     committed = np.zeros(canvas.shape, bool)
@@ -235,11 +240,11 @@ def replay(family: str, out, prompt, mask, decode: DecodeConfig, debiased=False)
             if not decode.temperature:
                 np.testing.assert_array_equal(after[row][chosen], step["token"][chosen])
                 told[row][chosen] = step["confidence"][chosen]
-            if decode.strategy == "wino":
+            if decode.strategy.name == "wino":
                 revoked = (before != MASK) & (after[row] == MASK)
                 p = np.take_along_axis(step["p"], before[:, None], axis=-1)[:, 0]
                 inside = np.isin(np.arange(LENGTH), slots[row]) & committed[row]
-                doubtful = inside & (p < decode.narrow_out_thres)
+                doubtful = inside & (p < parameter(decode, "narrow_out_thres"))
                 order = by_score(-p, doubtful)[: max(chosen.sum() - step["least"], 0)]
                 assert np.flatnonzero(revoked).tolist() == sorted(order)
                 told[row][revoked] = 0

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from tiny_models import small
 
+from dlm_jax.decoding import strategies
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate
 
@@ -24,7 +25,7 @@ class Strategy(NamedTuple):
     """One row of `TABLE`."""
 
     arguments: dict[str, Any]
-    """Of `DecodeConfig`; numbers among them are traced."""
+    """Of `decoding`; numbers among them are traced."""
     numbers: dict[str, st.SearchStrategy] = {}
     """Other values for the traced ones."""
     families: tuple[str, ...] = ("llada", "dream")
@@ -49,7 +50,8 @@ TABLE = {
     ),
     "factor": Strategy(dict(factor=1.0), dict(factor=among(0.01, 4))),
     "factor, spare last": Strategy(
-        dict(factor=1.0, spare_last=True, alg="maskgit_plus"), dict(factor=among(0.01, 4))
+        dict(strategy="factor", factor=1.0, spare_last=True, alg="maskgit_plus"),
+        dict(factor=among(0.01, 4)),
     ),
     "gamma": Strategy(dict(gamma=0.5), dict(gamma=among(0, 3))),
     "sigma": Strategy(dict(sigma=2.0, alg="maskgit_plus", steps=4), dict(sigma=among(0.25, 40))),
@@ -128,7 +130,24 @@ def config(name: str, family: str = "llada", **changes) -> DecodeConfig:
     base = dict(gen_length=GEN, block_length=BLOCK)
     if TABLE[name].arguments.get("stop_until_eos"):
         base |= dict(eos_id=COMMON[family])
-    return DecodeConfig(**base | TABLE[name].arguments | changes)
+    return decoding(**base | TABLE[name].arguments | changes)
+
+
+def decoding(**arguments: Any) -> DecodeConfig:
+    """A configuration; a strategy may be a name, with its arguments among the rest."""
+    name = arguments.get("strategy")
+    if isinstance(name, str):
+        known = strategies.arguments(name)
+        own = {argument: arguments.pop(argument) for argument in known if argument in arguments}
+        arguments["strategy"] = strategies.make(name, **own)
+    return DecodeConfig(**arguments)
+
+
+def parameter(decode: DecodeConfig, name: str) -> Any:
+    """A setting of the decoding, of its strategy, or of the rule that this narrows; or None."""
+    strategy = decode.strategy
+    holders = (holder for holder in (strategy, getattr(strategy, "rule", None), decode) if holder)
+    return next((getattr(holder, name) for holder in holders if hasattr(holder, name)), None)
 
 
 def run(family: str, prompt, mask=None, *, decode: DecodeConfig, debiased=False, **arguments):

@@ -19,12 +19,11 @@ from tiny_models import prompts, small, small_config
 from xla import compile_as_users_do
 
 from dlm_jax import cache as cache_lib
-from dlm_jax.cache.base import CacheMethod, Variant
-from dlm_jax.decoding import loop as decode_lib
-from dlm_jax.decoding import turns
-from dlm_jax.decoding.arguments import prepare
+from dlm_jax.cache.base import CacheMethod, StepShape
+from dlm_jax.decoding import loop, turns
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate, diffusion_stream
+from dlm_jax.decoding.start import start
 from dlm_jax.decoding.step import step as denoise
 from dlm_jax.models.base import Transformer
 
@@ -44,8 +43,8 @@ class EveryOther(CacheMethod):
 
     name: ClassVar[str] = "every-other"
 
-    def variants(self, geo):
-        return (Variant(2 * geo.block), Variant(geo.length))
+    def step_shapes(self, geo):
+        return (StepShape(2 * geo.block), StepShape(geo.length))
 
     def init(self, geo):
         return jnp.zeros((), jnp.int32)
@@ -84,7 +83,7 @@ def method(request) -> CacheMethod:
     return make(request.param)
 
 
-one_step = jax.jit(denoise, static_argnames=("variant",))
+one_step = jax.jit(denoise, static_argnames=("shape",))
 
 
 def name_of(method: CacheMethod) -> str:
@@ -184,10 +183,13 @@ def test_drivers_agree(method):
     model, params = small("dream")
     decode = decoding(method)
     one = generate("dream", method)
-    if len(method.variants(decode.geometry(prompt=6, shift=1))) == 1:
-        call = prepare(params, model, PROMPT, MASK, KEYS, decode, method)
-        other = decode_lib._generate(
-            call, record=("computed", "computed_layers", "history"), driver="while"
+    if len(method.step_shapes(decode.geometry(prompt=6, shift=1))) == 1:
+        setup, state = start(params, model, PROMPT, MASK, key=KEYS, decode=decode, cache=method)
+        other = loop._generate(
+            setup,
+            state.rows.tokens_BL,
+            record=("computed", "computed_layers", "history"),
+            driver="while",
         )
         chex.assert_trees_all_equal(one, other)
     frames = list(
@@ -213,16 +215,21 @@ def test_a_second_call_compiles_nothing(method, caplog):
 def test_what_is_not_computed_is_not_written(method):
     """Bitwise; dLLM-Cache also keeps fresh values of the whole response, which is its method."""
     model, params = small("dream")
-    call = prepare(params, model, PROMPT, MASK, KEY, decoding(method), method)
-    setup, tokens_BL = decode_lib._jit_setup(call)
-    state = decode_lib.begin(
-        setup, tokens_BL, ("computed_layers",) if method.name == "dllm" else ()
+    setup, state = start(
+        params,
+        model,
+        PROMPT,
+        MASK,
+        key=KEY,
+        decode=decoding(method),
+        cache=method,
+        record=("computed_layers",) if method.name == "dllm" else (),
     )
-    variants = method.variants(setup.geo)
+    shapes = method.step_shapes(setup.geo)
     unwritten = 0
     for index in range(6):
         before = state
-        state = one_step(setup, state, variants[int(state.variant)])
+        state = one_step(setup, state, shapes[int(state.shape)])
         for layer, (old, new) in enumerate(zip(before.cache, state.cache, strict=True)):
             computed_BL = before.selected_BL
             if state.layer_sets is not None:
@@ -246,16 +253,17 @@ def test_finished_rows_write_nothing():
     prompt = np.where(np.arange(6)[None] < [[0], [4]], 39, PROMPT).astype(np.int32)
     for method in (cache_lib.DLLMCache(kp=1, kr=1), cache_lib.D2Cache(current_k=3)):
         decode = decoding(method, infill=True, schedule="fixed", steps=None)
-        call = prepare(params, model, prompt, None, KEYS, decode, method)
-        setup, tokens_BL = decode_lib._jit_setup(call)
-        state = decode_lib._jit_begin(setup, tokens_BL)
+        setup, state = start(params, model, prompt, key=KEYS, decode=decode, cache=method)
         for _ in range(10):
             before = state
-            state = one_step(setup, state, method.variants(setup.geo)[int(state.variant)])
-        assert int(before.block_B[0]) == 2 and int(before.block_B[1]) < 2
-        first = jax.tree.map(lambda leaf: leaf[0], (before.cache, before.memory, before.tokens_BL))
+            state = one_step(setup, state, method.step_shapes(setup.geo)[int(state.shape)])
+        assert int(before.rows.block_B[0]) == 2 and int(before.rows.block_B[1]) < 2
+        first = jax.tree.map(
+            lambda leaf: leaf[0], (before.cache, before.memory, before.rows.tokens_BL)
+        )
         chex.assert_trees_all_equal(
-            first, jax.tree.map(lambda leaf: leaf[0], (state.cache, state.memory, state.tokens_BL))
+            first,
+            jax.tree.map(lambda leaf: leaf[0], (state.cache, state.memory, state.rows.tokens_BL)),
         )
 
 

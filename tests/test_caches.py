@@ -11,20 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import prompts, small, small_config
 
-from dlm_jax import cache, queries, ranking
+from dlm_jax import cache, ranking
 from dlm_jax.cache import d2cache, dkv
 from dlm_jax.cache.base import (
-    MOST_VARIANTS,
-    Observation,
-    Row,
+    MOST_SHAPES,
     buckets,
     check_number,
     check_whole,
 )
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import Draws, diffusion_generate
+from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Transformer, lay_out, sources
+from dlm_jax.models.base import Transformer, sources
 
 LLADA = Geometry(prompt=3, gen=8, block=4, steps=8, shift=0)
 DREAM = dataclasses.replace(LLADA, shift=1)
@@ -41,28 +40,30 @@ def positions(mask_L):
     return np.flatnonzero(mask_L).tolist()
 
 
-def row(masked, *, block=0, block_step=0, step=0, quota=1, order=None, geo=LLADA, padding=0):
+def row(masked, *, block=0, block_step=0, step=0, least=1, order=None, geo=LLADA, padding=0):
     """A row before a step, given its masks."""
     masked_L = slots(masked)
     end = geo.prompt + (block + 1) * geo.block
+    eligible_L = masked_L & (jnp.arange(LENGTH) < end)
+    order_L = jnp.zeros(LENGTH) if order is None else jnp.asarray(order, jnp.float32)
     return Row(
         tokens_L=jnp.zeros(LENGTH, jnp.int32),
         valid_L=jnp.arange(LENGTH) >= padding,
         masked_L=masked_L,
-        eligible_L=masked_L & (jnp.arange(LENGTH) < end),
-        quota=jnp.int32(quota),
-        order_L=None if order is None else jnp.asarray(order, jnp.float32),
+        committed_L=jnp.zeros(LENGTH, bool),
+        eligible_L=eligible_L,
+        next_L=(
+            eligible_L if order is None else ranking.top(-order_L, eligible_L, jnp.int32(least))
+        ),
+        order_L=order_L,
+        attended_L=jnp.arange(LENGTH) >= padding,
+        least=jnp.int32(least),
+        most=jnp.int32(least),
+        share=jnp.float32(0),
         block=jnp.int32(block),
         block_step=jnp.int32(block_step),
         step=jnp.int32(step),
     )
-
-
-def stacked(*rows):
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
-
-
-EVERY = queries.every(lay_out(small_config(), jnp.ones((1, LENGTH), bool)))
 
 
 def observation(committed=(), computed=range(LENGTH), read=(), confidence=None, acc=()):
@@ -70,7 +71,7 @@ def observation(committed=(), computed=range(LENGTH), read=(), confidence=None, 
     return Observation(
         computed_L=slots(computed),
         read_L=slots(read),
-        committed_L=slots(committed),
+        chosen_L=slots(committed),
         confidence_L=confidence_L.astype(jnp.float32),
         tokens_L=slots(committed).astype(jnp.int32),
         acc=acc,
@@ -82,20 +83,20 @@ class TestBuckets:
     @settings(deadline=None)
     def test_few_ascending_and_large_enough(self, sizes, gen):
         geo = Geometry(prompt=5, gen=gen, block=gen, steps=None, shift=0)
-        capacities = [variant.capacity for variant in buckets(sizes, geo)]
+        capacities = [shape.capacity for shape in buckets(sizes, geo)]
         assert capacities == sorted(set(capacities)) and capacities[-1] == geo.length
-        assert len(capacities) <= MOST_VARIANTS
+        assert len(capacities) <= MOST_SHAPES
         assert all(capacity in [*sizes, geo.length] for capacity in capacities)
 
     def test_few_sizes_keep_their_own(self):
-        assert [variant.capacity for variant in buckets([8, 4, 4], LLADA)] == [4, 8, 11]
+        assert [shape.capacity for shape in buckets([8, 4, 4], LLADA)] == [4, 8, 11]
 
     @pytest.mark.parametrize("name", cache.METHODS)
     def test_no_method_compiles_more_step_shapes(self, name):
         geo = DecodeConfig(gen_length=256, block_length=32).geometry(prompt=128, shift=1)
-        variants = cache.make(name).variants(geo)
-        assert 1 <= len(variants) <= MOST_VARIANTS and len(set(variants)) == len(variants)
-        assert variants[-1].capacity == geo.length
+        shapes = cache.make(name).step_shapes(geo)
+        assert 1 <= len(shapes) <= MOST_SHAPES and len(set(shapes)) == len(shapes)
+        assert shapes[-1].capacity == geo.length
 
 
 class TestSources:
@@ -133,14 +134,14 @@ class TestBlockCaches:
 
     def test_the_first_column_is_committed_alone(self):
         method = cache.Dual(block_start="first-column")
-        full = method.restrict(row(range(7, 11), block=1, quota=3), DREAM)
-        assert positions(full.eligible_L) == [7] and int(full.quota) == 1
-        none = method.restrict(row(range(7, 11), block=1, quota=0), DREAM)
-        assert int(none.quota) == 1
-        later = row(range(8, 11), block=1, block_step=1, quota=3)
-        assert method.restrict(later, DREAM) is not later
-        assert positions(method.restrict(later, DREAM).eligible_L) == [8, 9, 10]
-        assert int(method.restrict(later, DREAM).quota) == 3
+        full = method.restrict((), row(range(7, 11), block=1, least=3), DREAM)
+        assert positions(full.eligible_L) == [7] and int(full.least) == 1
+        none = method.restrict((), row(range(7, 11), block=1, least=0), DREAM)
+        assert int(none.least) == 1
+        later = row(range(8, 11), block=1, block_step=1, least=3)
+        assert method.restrict((), later, DREAM) is not later
+        assert positions(method.restrict((), later, DREAM).eligible_L) == [8, 9, 10]
+        assert int(method.restrict((), later, DREAM).least) == 3
 
     def test_masks_in_the_prompt_belong_to_the_first_block(self):
         infill = row([1, 5, *range(7, 11)], block_step=2)
@@ -204,11 +205,11 @@ class TestDKV:
         # 3 and 7 were decoded before the previous step, in which 4 was.
         assert between == ([4, 5, 6, 8, 9, 10] if not geo.shift else [3, 4, 5, 7, 8, 9])
 
-    def greedy(self, geo, window_size, *, committed=(5,), masked=(3, 4, 5, 6, 8, 9, 10), quota=1):
+    def greedy(self, geo, window_size, *, committed=(5,), masked=(3, 4, 5, 6, 8, 9, 10), least=1):
         method = cache.DKVGreedy(cache_steps=4, window_size=window_size)
-        geo = dataclasses.replace(geo, quota=quota)
+        geo = dataclasses.replace(geo, most_per_step=least)
         order = np.arange(LENGTH)[::-1] + 0.0  # from right to left
-        now = row(set(masked) - set(committed), block_step=1, quota=quota, order=order, geo=geo)
+        now = row(set(masked) - set(committed), block_step=1, least=least, order=order, geo=geo)
         memory = method.observe(method.init(geo), row(masked), observation(committed), geo)
         assert method.select(memory, now._replace(block_step=jnp.int32(4)), geo).all()
         return positions(method.select(memory, now, geo))
@@ -227,7 +228,7 @@ class TestDKV:
 
     def test_greedy_windows_of_several_tokens_do_not_overlap(self):
         # 6 takes 8; 4, next in order, takes 3. What was decoded before is no part of a window.
-        assert self.greedy(LLADA, 1, quota=2, masked=(3, 4, 5, 6, 8)) == [3, 4, 5, 6, 8]
+        assert self.greedy(LLADA, 1, least=2, masked=(3, 4, 5, 6, 8)) == [3, 4, 5, 6, 8]
 
     def test_greedy_windows_end_where_the_masks_end(self):
         assert self.greedy(LLADA, 20) == [3, 4, 5, 6, 8, 9, 10]
@@ -261,14 +262,14 @@ class TestDLLM:
     def test_rows_at_different_steps(self):
         """Rows that refresh in different steps do so by themselves, in one step shape."""
         method = cache.DLLMCache(kp=4, kr=3)
-        rows = stacked(*[row(range(3, 11), step=step) for step in (4, 6, 7, 12)])
-        prompt_B, response_B, _ = method.init_acc(rows, EVERY, LLADA)
-        assert prompt_B.tolist() == [True, False, False, True]
-        assert response_B.tolist() == [False, True, False, True]
+        rows = [row(range(3, 11), step=step) for step in (4, 6, 7, 12)]
+        begun = [method.init_acc(one, jnp.arange(LENGTH, dtype=jnp.int32), LLADA) for one in rows]
+        assert [bool(acc.prompt_B) for acc in begun] == [True, False, False, True]
+        assert [bool(acc.response_B) for acc in begun] == [False, True, False, True]
         for some, capacity in ((slice(0, 2), LENGTH), (slice(2, 3), 2), (slice(1, 3), 8)):
-            part = jax.tree.map(lambda leaf, some=some: leaf[some], rows)
-            variant = method.variants(LLADA)[int(method.variant_id(part, part.valid_L, LLADA))]
-            assert method.capacity(variant.mode, LLADA) == capacity
+            serves = [method.serves(one, one.valid_L, LLADA) for one in rows[some]]
+            shape = method.step_shapes(LLADA)[int(np.argmax(np.all(serves, axis=0)))]
+            assert method.capacity(shape.mode, LLADA) == capacity
 
     @pytest.mark.parametrize("rou", [0.0, 0.1])
     def test_a_share_of_less_than_one_position_computes_none(self, rou):
@@ -381,11 +382,11 @@ class TestD2:
             rolled = step / step.sum(-1, keepdims=True) @ rolled
 
         method = cache.D2Cache()
-        query = EVERY._replace(index_BQ=index_BQ)
-        acc = method.init_acc(stacked(row(range(3, 11))), query, LLADA)
+        begun = method.init_acc(row(range(3, 11)), index_BQ[0], LLADA)
+        acc = jax.tree.map(lambda leaf: leaf[None], begun)
         for layer in weights:
             full = np.concatenate([layer, np.full((1, 2, 1, LENGTH), 0.3, np.float32)], axis=2)
-            acc = d2cache._roll(acc, jnp.asarray(full)[:, None], query.valid_BL)
+            acc = d2cache._roll(acc, jnp.asarray(full)[:, None], jnp.ones((1, LENGTH), bool))
         np.testing.assert_allclose(acc.rows_BQL[0, :3], rolled[[2, 5, 7]], atol=1e-6)
         assert not acc.rows_BQL[0, 3].any()
 

@@ -18,9 +18,9 @@ from tiny_models import prompts, small
 
 from dlm_jax.decoding import history
 from dlm_jax.decoding import loop as decode_lib
-from dlm_jax.decoding.arguments import prepare
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate, diffusion_stream
+from dlm_jax.decoding.start import start
 
 KEY = jax.random.key(7)
 # Every schedule, confidence measure and family once; all combinations would only cost compile time.
@@ -122,9 +122,11 @@ def test_drivers_agree(setting):
     small_model, config = setting
     model, params = small_model
     prompt, mask = prompts(2, 5), np.array([[False, False, True, True, True], [True] * 5])
-    call = prepare(params, model, prompt, mask, KEY, config, decode_lib.NoCache())
+    setup, state = start(params, model, prompt, mask, key=KEY, decode=config)
     results = [
-        decode_lib._generate(call, record=("computed", "history"), driver=driver)
+        decode_lib._generate(
+            setup, state.rows.tokens_BL, record=("computed", "history"), driver=driver
+        )
         for driver in ("scan", "while")
     ]
     chex.assert_trees_all_equal(*results)

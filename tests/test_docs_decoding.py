@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pages
 import pytest
+from dlm_jax.decoding.arguments import prepare
 from places import GOLDEN, ROOT
 from tiny_models import small
 
 from dlm_jax import DecodeConfig, LikelihoodConfig, arithmetic, cache, generate, tokenizer
-from dlm_jax.decoding.arguments import prepare
 from dlm_jax.decoding.checks import RULES, STRATEGIES
 from dlm_jax.decoding.loop import RECORDS, GenerateOutput
 from dlm_jax.decoding.sampler import ALGORITHMS

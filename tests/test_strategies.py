@@ -21,6 +21,7 @@ from strategy_table import (
     config,
     is_slow,
     padding,
+    parameter,
     run,
 )
 from tiny_models import prompts
@@ -114,7 +115,7 @@ class TestLimits:
         assert (narrow.committed_at != plain.committed_at).any()
 
     @cases("klass")
-    def test_klass_is_the_threshold_alone_where_everything_counts_as_settled(self, name, family):
+    def test_klass_is_the_threshold_alone_where_everything_counts_as_stable(self, name, family):
         prompt = prompts(ROWS, PROMPT, seed=6)
         klass = run(family, prompt, decode=config("klass", threshold=0.9, kl_threshold=1e9))
         plain = run(family, prompt, decode=config("threshold", threshold=0.9))
@@ -241,7 +242,8 @@ def test_another_value_of_a_number_compiles_nothing(caplog):
         arguments = dict(debiased=strategy.debiased)
         prompt, family = prompts(ROWS, PROMPT), families[0]
         run(family, prompt, decode=config(name, family), **arguments)
-        other = {number: 0.9 * config(name).__dict__[number] for number in strategy.numbers}
+        decode = config(name, family)
+        other = {number: 0.9 * parameter(decode, number) for number in strategy.numbers}
         with jax.log_compiles(), caplog.at_level("WARNING"):
             run(family, prompt, decode=config(name, family, **other), **arguments)
         assert not [text for text in caplog.messages if "_generate" in text], name

@@ -97,7 +97,15 @@ def _network(
     """The same for all rows of `work` at once."""
     model, params, geo, rows = setup.model, setup.params, setup.geo, work.rows
     if setup.strategy.shadows:
-        hidden_BWD = shadow.predict(model, params, rows, work.selected_BL, work.slots, work.slot_BW)
+        hidden_BWD = shadow.predict(
+            model,
+            params,
+            rows.tokens_BL,
+            work.selected_BL,
+            rows.attended_BL,
+            work.slots,
+            work.slot_BW,
+        )
         return (hidden_BWD, ()), cache
     query = queries.pack(work.selected_BL, work.slots, rows.attended_BL, shape.capacity)
 

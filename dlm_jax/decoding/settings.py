@@ -106,9 +106,9 @@ def check_number(
     value: Number,
     wanted: str,
     *,
-    least: float = -math.inf,
-    above: float = -math.inf,
-    most: float = sys.float_info.max,
+    least: float | int = -math.inf,
+    above: float | int = -math.inf,
+    most: float | int = sys.float_info.max,
 ) -> None:
     """Refuses what is no number, or known not to lie within limits; None is fine.
 

@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
-from dlm_jax.decoding.rows import Rows
 from dlm_jax.models.base import Block, Transformer
 from dlm_jax.queries import Queries, Slots
 from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
@@ -19,8 +18,9 @@ from dlm_jax.typing import Array, Bool, Float, Int, Params, PyTree
 def predict(
     model: Transformer,
     params: Params,
-    rows: Rows,
+    tokens_BL: Int[Array, "B L"],
     selected_BL: Bool[Array, "B L"],
+    attended_BL: Bool[Array, "B L"],
     slots: Slots,
     slot_BW: Int[Array, "B W"],
 ) -> Float[Array, "B W D"]:
@@ -29,25 +29,26 @@ def predict(
     Args:
       model: predicts a token at its own position.
       params: its parameters.
-      rows: the canvas.
+      tokens_BL: the canvas.
       selected_BL: what is computed of it.
+      attended_BL: what may be attended to of it.
       slots: all slots of the canvas.
       slot_BW: the slots; L marks an unused entry.
     """
-    config, length = model.config, rows.tokens_BL.shape[1]
+    config, length = model.config, tokens_BL.shape[1]
     index_BQ = jnp.concatenate([queries_lib.pack_index(selected_BL, length), slot_BW], axis=1)
     rotary_BQH = queries_lib.gather(slots.rotary_BLH, index_BQ)
     walked: Any = model.apply(
         {"params": params},
-        jnp.concatenate([rows.tokens_BL, jnp.full_like(slot_BW, config.mask_id)], axis=1),
-        Queries(index_BQ, rotary_BQH, slots, rows.attended_BL),
+        jnp.concatenate([tokens_BL, jnp.full_like(slot_BW, config.mask_id)], axis=1),
+        Queries(index_BQ, rotary_BQH, slots, attended_BL),
         ((),) * config.num_layers,
         (),
         ((0, config.num_layers, _layer),),
         method="walk",
     )
     hidden_BQD, _, _ = walked
-    masked_BW = queries_lib.gather(rows.tokens_BL, slot_BW) == config.mask_id
+    masked_BW = queries_lib.gather(tokens_BL, slot_BW) == config.mask_id
     shadow_BW = length + jnp.broadcast_to(jnp.arange(slot_BW.shape[1]), slot_BW.shape)
     return queries_lib.gather(hidden_BQD, jnp.where(masked_BW, slot_BW, shadow_BW))
 

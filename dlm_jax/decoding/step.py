@@ -95,7 +95,7 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
 
     # Remember.
-    def observe(row: Row, memory: PyTree, *seen: Array) -> PyTree:
+    def observe(row: Row, memory: PyTree, *seen: PyTree) -> PyTree:
         return setup.method.observe(memory, row, Observation(*seen), setup.geo)
 
     memory = per_row(observe)(
