@@ -82,8 +82,8 @@ def measure(directory: Path, preset: str, layers: int, options: Sequence[str]) -
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,7 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", help="passed on to the converter")
     parser.add_argument("--verify", action="store_true", help="passed on to the converter")
     parser.add_argument("--dir", type=Path, help="where to work; default: the temporary directory")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parse(argv)
     options = ["--dtype", args.dtype] if args.dtype else []
     options += ["--verify"] if args.verify else []
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 
 import bench
 import bench_report
@@ -15,7 +14,6 @@ import random_weights
 import trace_summary
 from bench_report import Case, Times
 from counted_flops import BLOCK, DECODE, G, L, P, flops_by_hand
-from places import ROOT
 from roofline import Ceilings, Product
 from tiny_models import prompts, small_config
 
@@ -291,25 +289,6 @@ def test_trace_summary():
 def test_trace_summary_of_nothing(tmp_path, capsys):
     assert trace_summary.main([str(tmp_path)]) == 2
     assert "--profile writes one" in capsys.readouterr().err
-
-
-def test_the_page_on_performance():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    commands = [line.split() for line in re.findall(r"^python scripts/(.*)$", page, re.M)]
-    assert len(commands) > 5
-    for script, *argv in commands:
-        if script == "bench.py":
-            args = bench.parse(argv)
-            config, _ = bench.open_config(args.preset)
-            assert bench.plan(args, config, random_weights.shapes(config, jnp.dtype("float32")))
-        else:
-            assert script == "trace_summary.py"
-    told = set(re.findall(r"^\| `([^`]+)` \| `(\w+)`", page, re.M))
-    settings = {"cache", "batch", "prompt_length", "gen_length"}
-    assert told == {(name, key) for name, key, _ in bench_report.MEASURED if key not in settings}
-    headings = re.findall(r"^#+ (.*)$", page, re.M)
-    links = re.findall(r"\]\(#([\w-]+)\)", page)
-    assert links and {heading.lower().replace(" ", "-") for heading in headings} > set(links)
 
 
 def test_short_names_of_presets():

@@ -1,14 +1,14 @@
 """docs/caches.md: its code runs, and what it says of parameters, costs and figures holds."""
 
-import contextlib
 import dataclasses
-import io
 import re
 import shlex
 
+import accuracy
 import jax
 import numpy as np
 import pytest
+from documents import argv_of, names, page, run_snippets
 from places import ROOT
 from tiny_models import prompts, small
 
@@ -17,46 +17,46 @@ from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate
 
 DOCS = ROOT / "docs"
-PAGE = (DOCS / "caches.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S)
+PAGE = page("docs/caches.md")
 
 
 def test_snippets_work_one_after_the_other():
-    namespace: dict = {"__name__": "snippets"}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for language, text in BLOCKS:
-            if language == "python":
-                exec(text, namespace)
-    *answers, cost = out.getvalue().splitlines()
+    namespace, lines = run_snippets(PAGE.snippets)
+    *answers, cost = lines
     assert [arithmetic.extract_answer(line) for line in answers] == [9 * 6 + 9, (22 - 8) // 2]
     assert re.fullmatch(r"48 forwards, \d+ positions asked, \d+ computed, of 80", cost)
     assert (namespace["periodic"].tokens != namespace["config"].mask_id).all()
 
 
 def test_command(capsys):
-    (command,) = [text for language, text in BLOCKS if language == "bash"]
-    program, option, module, *argv = shlex.split(command)
-    assert [program, option, module] == ["python", "-m", "dlm_jax.generate"]
-    assert generate.main(argv) == 0
+    (command,) = PAGE.commands()
+    assert generate.main(argv_of(command)) == 0
     assert arithmetic.extract_answer(capsys.readouterr().out) is not None
 
 
 @pytest.mark.parametrize("name", cache.METHODS)
 def test_every_method_has_its_line_its_section_and_its_figure(name):
-    (line,) = re.findall(rf"^\| \[`{name}`\]\(#{name}\) \|([^|]*)\|", PAGE, re.M)
-    told = re.findall(r"`([^`]+)`", line)
+    (line,) = re.findall(rf"^\| \[`{name}`\]\(#{name}\) \|([^|]*)\|", PAGE.text, re.M)
+    told = names(line)
     fields = dataclasses.fields(cache.METHODS[name])
     assert told == [f"{field.name}={field.default!r}" for field in fields]
-    (section,) = re.findall(rf"^## {name}\n(.*?)^## ", PAGE, re.M | re.S)
+    section = PAGE.section(name)
     assert f"![{name}](caches/{name}.png)" in section
     for field in fields:
         assert f"`{field.name}" in section or "as for `" in section
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE):
-        assert target.startswith("https://arxiv.org/abs/") or (DOCS / target).exists(), target
+def test_what_was_measured():
+    """Every method has its accuracy, and the command measures what the table says."""
+    rows = [names(cells[0]) for cells in PAGE.table("Accuracy", "cache")]
+    assert {name for name, *_ in rows} == set(cache.METHODS)
+    (command,) = PAGE.commands(run=False)
+    args = accuracy.parse(argv_of(command, "python scripts/accuracy.py"))
+    assert args.problems == 500 and args.caches == ["all"]
+    tried = shlex.split(command)[-1]
+    for name, *settings in rows:
+        for setting in settings:
+            assert f"dream-tiny-math/{name}:{setting}" in tried.split(",")
 
 
 PROMPT, GEN, BLOCK = 8, 16, 4

@@ -1,18 +1,13 @@
 """docs/decoding.md: its code runs, its tables are complete, and what it says is refused is."""
 
-import contextlib
 import dataclasses
 import fnmatch
-import functools
-import io
 import re
-import shlex
 
 import jax
 import numpy as np
-import pages
 import pytest
-from dlm_jax.decoding.arguments import prepare
+from documents import argv_of, names, options_of, page, run_snippets
 from places import GOLDEN, ROOT
 from tiny_models import small
 
@@ -24,26 +19,14 @@ from dlm_jax.decoding.schedule import SCHEDULES
 from dlm_jax.estimators import ESTIMATORS
 
 DOCS = ROOT / "docs"
-PAGE = (DOCS / "decoding.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^(?!<!-- not run)[^\n]*\n```(\w+)\n(.*?)```", PAGE, re.S | re.M)
-TEXT = re.sub(r"```.*?```", "", PAGE, flags=re.S)
-COMMANDS = [line for language, text in BLOCKS if language == "bash" for line in text.splitlines()]
-section = functools.partial(pages.section, PAGE)
-table = functools.partial(pages.table, PAGE)
-
-
-def names(cells: list[str]) -> list[str]:
-    return pages.names("\n".join(cells))
+PAGE = page("docs/decoding.md")
+COMMANDS = PAGE.commands()
+section, table = PAGE.section, PAGE.table
 
 
 def test_snippets_work_one_after_the_other():
-    namespace: dict = {"__name__": "snippets"}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for language, text in BLOCKS:
-            if language == "python":
-                exec(text, namespace)
-    *answers, speed = out.getvalue().splitlines()
+    namespace, lines = run_snippets(PAGE.snippets)
+    *answers, speed = lines
     assert [arithmetic.extract_answer(line) for line in answers] == [9 * 6 + 9, (22 - 8) // 2]
     assert re.fullmatch(r"\d+ forwards, \d+\.\d tokens per forward", speed)
     processed = namespace["processed"].tokens[:, -48:]
@@ -54,8 +37,7 @@ def test_snippets_work_one_after_the_other():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[27:70])
 def test_command(command, capsys):
-    program, option, module, *argv = shlex.split(command)
-    assert [program, option, module] == ["python", "-m", "dlm_jax.generate"]
+    argv = argv_of(command)
     assert generate.main(argv) == 0
     out, err = capsys.readouterr()
     assert arithmetic.extract_answer(out) == 7 * 4 - 5
@@ -66,7 +48,7 @@ def test_command(command, capsys):
 
 
 def test_file_of_frequencies(tmp_path):
-    (text,) = [text for language, text in BLOCKS if language == "json"]
+    (text,) = [block.text for block in PAGE.blocks if block.language == "json"]
     (tmp_path / "counts.json").write_text(text)
     share_V = tokenizer.frequencies(tmp_path / "counts.json", 50)
     expected = np.full(50, 1 / 1000)
@@ -107,16 +89,13 @@ def test_tables_tell_the_same_as_the_library():
 
 
 def test_every_field_is_told():
-    said = set(re.findall(r"\w+", " ".join(names([TEXT]))))
+    said = set(re.findall(r"\w+", " ".join(names(PAGE.prose))))
     for config in (DecodeConfig, LikelihoodConfig):
         assert {field.name for field in dataclasses.fields(config)} <= said
 
 
-def test_every_option_exists_and_those_of_decoding_are_told(capsys):
-    with pytest.raises(SystemExit):
-        generate.parse(["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    told = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+def test_every_option_exists_and_those_of_decoding_are_told():
+    known, told = options_of(generate.parse), PAGE.options
     scripts = {"--plot", "--problems", "--caches", "--models"}
     assert told - scripts <= known
     wanted = "alg schedule num-transfer-tokens alg-temp threshold factor gamma sigma strategy "
@@ -124,7 +103,7 @@ def test_every_option_exists_and_those_of_decoding_are_told(capsys):
     options = {f"--{name}" for name in wanted.split()}
     assert options <= known
     # What is not spelled out has the name of its field.
-    spelled = {f"--{name.replace('_', '-')}" for name in names([TEXT])}
+    spelled = {f"--{name.replace('_', '-')}" for name in names(PAGE.prose)}
     assert options <= told | spelled
 
 
@@ -184,17 +163,6 @@ def test_no_recording_in_the_repository_is_among_those_not_reproduced():
     assert len(patterns) > 10 and len(cases) > 100
     for pattern in patterns:
         assert not fnmatch.filter(cases, pattern), pattern
-
-
-def test_links_lead_somewhere():
-    headings = re.findall(r"^#+ (.*)$", PAGE, re.M)
-    anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
-        file, _, anchor = target.partition("#")
-        if not file:
-            assert anchor in anchors, target
-        elif not file.startswith("https://arxiv.org/abs/"):
-            assert (DOCS / file).exists(), target
 
 
 def test_figure_is_small():

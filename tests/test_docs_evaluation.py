@@ -1,21 +1,16 @@
 """docs/evaluation.md: its code runs, its commands can work, and its tables are the library's."""
 
-import contextlib
 import dataclasses
 import functools
 import inspect
-import io
 import re
 import shlex
-import string
 from pathlib import Path
 
 import lm_eval.tasks
-import pages
 import pytest
+from documents import Block, names, options_of, page, run_snippets
 from lm_eval.tasks import TaskManager
-from pages import names
-from places import ROOT
 
 from dlm_jax import checkpoint, evaluate, generate, models, sharding
 from dlm_jax.cache import METHODS, CacheMethod
@@ -25,17 +20,8 @@ from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
 
-DOCS = ROOT / "docs"
-PAGE = (DOCS / "evaluation.md").read_text(encoding="utf-8")
-BLOCK = re.compile(
-    r"(?:<!-- (?P<mark>parsed, not run|not run): [^\n]+ -->\n)?```(?P<language>\w+)\n"
-    r"(?P<text>.*?)```",
-    re.S,
-)
-BLOCKS = [match.groupdict() for match in BLOCK.finditer(PAGE)]
-section = functools.partial(pages.section, PAGE)
-table = functools.partial(pages.table, PAGE)
-TEXT = BLOCK.sub("", PAGE)
+PAGE = page("docs/evaluation.md")
+all_commands, section, table = PAGE.commands, PAGE.section, PAGE.table
 PROGRAM = "python -m dlm_jax.evaluate "
 GROUPS = {
     "bbh": "bbh_cot_fewshot_navigate",
@@ -46,31 +32,6 @@ GROUPS = {
 """Groups of lm-evaluation-harness, each with a task in it."""
 
 Plan = tuple[DecodeConfig, CacheMethod]
-
-
-def commands(text: str) -> list[str]:
-    """The commands of a block, with the variables that it sets."""
-    variables: dict[str, str] = {}
-    found = []
-    for line in text.splitlines():
-        line = string.Template(line).substitute(variables)
-        assignment = re.fullmatch(r'([A-Z0-9]+)="([^"]*)"', line)
-        if assignment:
-            variables[assignment[1]] = assignment[2]
-        else:
-            found.append(line)
-    return found
-
-
-def all_commands(page: str = PAGE, *, run: bool | None = None) -> list[str]:
-    """Those of the whole page: all, the ones to run, or the others."""
-    return [
-        command
-        for block in (match.groupdict() for match in BLOCK.finditer(page))
-        if block["language"] == "bash" and block["mark"] != "not run"
-        if run is None or run == (block["mark"] is None)
-        for command in commands(block["text"])
-    ]
 
 
 @functools.cache
@@ -107,7 +68,7 @@ def plans(command: str) -> list[tuple[str, Plan]]:
     return found
 
 
-@pytest.mark.parametrize("command", all_commands(), ids=lambda text: text[-70:])
+@pytest.mark.parametrize("command", all_commands(run=None), ids=lambda text: text[-70:])
 def test_command_can_work(command):
     args = parsed(command)
     if args.mesh is not None:
@@ -117,12 +78,11 @@ def test_command_can_work(command):
 
 
 def test_the_blocks_are_marked_and_few_run():
-    assert len(all_commands()) > 80
-    assert {block["language"] for block in BLOCKS} == {"bash", "python"}
+    assert len(all_commands(run=None)) > 80
+    assert {block.language for block in PAGE.blocks} == {"bash", "python"}
     assert all("--limit 2 " in command for command in all_commands(run=True))
-    assert PAGE.count("```") == 2 * len(BLOCKS)
     with pytest.raises(KeyError):
-        commands('A="1"\npython $B')
+        Block(None, None, "bash", 'A="1"\npython $B').commands()
 
 
 @pytest.mark.parametrize("command", all_commands(run=True), ids=lambda text: text[27:])
@@ -142,13 +102,8 @@ def test_command(command, capsys):
 
 
 def test_snippets_work_one_after_the_other():
-    namespace: dict = {"__name__": "snippets"}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for block in BLOCKS:
-            if block["language"] == "python":
-                exec(block["text"], namespace)
-    score, speed = map(float, out.getvalue().splitlines())
+    _, lines = run_snippets(PAGE.snippets)
+    score, speed = map(float, lines)
     assert 0 <= score <= 1 and speed > 0
 
 
@@ -157,7 +112,7 @@ def test_snippets_work_one_after_the_other():
 
 def paper(title: str) -> list[tuple[str, str, Plan]]:
     """Command, label and plan of all that is said of a paper."""
-    return [(c, *plan) for c in all_commands(section(title)) for plan in plans(c)]
+    return [(c, *plan) for c in all_commands(run=None, within=section(title)) for plan in plans(c)]
 
 
 def test_what_is_decoded_otherwise_has_a_reference():
@@ -168,7 +123,7 @@ def test_what_is_decoded_otherwise_has_a_reference():
     ]
     for title, cache, reference in cases:
         compared = 0
-        for command in all_commands(section(title)):
+        for command in all_commands(run=None, within=section(title)):
             found = plans(command)
             expected = [plan[0] for label, plan in found if label.endswith(reference)]
             if expected:
@@ -176,7 +131,7 @@ def test_what_is_decoded_otherwise_has_a_reference():
                 assert given and all(decode in expected for decode in given)
                 compared += 1
         assert compared >= 5
-    assert "its reference is `none:alg=random`" in " ".join(TEXT.split())
+    assert "its reference is `none:alg=random`" in " ".join(PAGE.prose.split())
 
 
 def test_commands_of_d2cache():
@@ -238,7 +193,7 @@ def test_tasks_of_the_commands_exist(caplog):
         manager = TaskManager(
             include_path=[*(folder / name for name in wanted), tasks.PATH], include_defaults=False
         )
-    used = {name for command in all_commands() for name in parsed(command).tasks}
+    used = {name for command in all_commands(run=None) for name in parsed(command).tasks}
     assert used <= set(manager.all_tasks)
     assert set(GROUPS) <= set(manager.all_groups)
     assert set(GROUPS.values()) <= set(manager.all_subtasks)
@@ -288,13 +243,9 @@ def test_settings():
     assert f"{own['gen_length']} tokens in blocks of {own['block_length']}" in section("Settings")
 
 
-def test_every_option_exists_and_those_of_evaluation_are_told(capsys):
-    known = []
-    for command in (evaluate, generate):
-        with pytest.raises(SystemExit):
-            command.parse(["--help"])
-        known.append(set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)))
-    told = set(re.findall(r"--[a-z][a-z-]+", PAGE))
+def test_every_option_exists_and_those_of_evaluation_are_told():
+    known = [options_of(command.parse) for command in (evaluate, generate)]
+    told = set(PAGE.options)
     told |= {option.replace("--no-", "--") for option in told}
     launchers = {"--ntasks-per-node", "--gpus-per-node"}
     assert told - launchers <= known[0]
@@ -302,21 +253,9 @@ def test_every_option_exists_and_those_of_evaluation_are_told(capsys):
 
 
 def test_arguments_of_the_model_class_are_told():
-    said = set(re.findall(r"\w+", " ".join(names(TEXT))))
+    said = set(re.findall(r"\w+", " ".join(names(PAGE.prose))))
     parameters = set(inspect.signature(DiffusionLM).parameters)
     objects = {"checkpoint", "token_freq", "batch_size", "device", "max_batch_size", "settings"}
     objects |= {"named"}
     assert parameters - objects <= said
-    assert set(METHODS) <= set(re.findall(r"[\w-]+", PAGE))
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
-        file, _, anchor = target.partition("#")
-        if file.startswith("https://"):
-            assert re.match(r"https://(arxiv\.org/abs|github\.com)/", file)
-            continue
-        page = PAGE if not file else (DOCS / file).read_text(encoding="utf-8")
-        headings = re.findall(r"^#+ (.*)$", page, re.M)
-        anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
-        assert not anchor or anchor in anchors, target
+    assert set(METHODS) <= set(re.findall(r"[\w-]+", PAGE.text))

@@ -1,97 +1,122 @@
-"""Everything in README.md that can be run here is run here."""
+"""README.md: everything in it that can be run here is run here, and its figures are measured."""
 
-import contextlib
-import io
-import json
 import re
-import shlex
+import runpy
 
 import pytest
+from documents import argv_of, names, page, run_snippets
 from places import ROOT
 
-from dlm_jax import arithmetic, generate
+from dlm_jax import arithmetic, cache, generate
 from dlm_jax.cli import live
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(
-    r"(<!-- not run: (?P<why>[^\n]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)```", re.S
-)
-BLOCKS = [match.groupdict() for match in BLOCK.finditer(README)]
-COMMANDS = [
-    line
-    for block in BLOCKS
-    if block["language"] == "bash" and not block["why"]
-    for line in block["text"].splitlines()
-]
-SNIPPETS = [block["text"] for block in BLOCKS if block["language"] == "python"]
+PAGE = page("README.md")
+COMMANDS = PAGE.commands()
+MOST_LINES = 170
+STAND_INS = {"LLaDA-8B-Instruct": "llada-tiny-math", "Dream-v0-Instruct-7B": "dream-tiny-math"}
+"""Small models that take the place of those whose weights are not here."""
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    """Where the commands run, one after the other as in the README."""
-    return tmp_path_factory.mktemp("readme")
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:50])
-def test_command(command, directory, monkeypatch, capsys):
-    monkeypatch.chdir(directory)
+@pytest.fixture
+def terminal(monkeypatch):
+    """Standard error is a terminal for rich, which draws without holding its frames."""
     monkeypatch.setattr(live, "SLOWEST", 0.0)
-    program, *argv = shlex.split(command)
-    if program == "echo":
-        text, arrow, file = argv
-        assert arrow == ">"
-        (directory / file).write_text(text + "\n")
-        return
-    assert [program, *argv[:2]] == ["python", "-m", "dlm_jax.generate"]
-    argv = argv[2:]
-    if "--live" in argv:
-        monkeypatch.setenv("FORCE_COLOR", "1")  # makes standard error a terminal for rich
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert generate.main(argv) == 0
-    out, err = capsys.readouterr()
-    if "--interactive" in argv:
-        assert "/quit" in err
-    elif "--json" in argv:
-        answers = [json.loads(line) for line in out.splitlines()]
-        history = json.loads((directory / "history.json").read_text())
-        assert len(answers) == len(history["committed_at"]) == 1
-        assert len(history["frames"]) == answers[0]["stats"]["forwards"]
-    else:
-        assert "####" in out and "[MASK" not in out and "tokens/s" in err
-    if argv == ["--live"]:  # the default question, as in the quick start
-        assert arithmetic.extract_answer(out) == 7 * 4 - 5
+    monkeypatch.setenv("FORCE_COLOR", "1")
 
 
-def test_snippets_work_one_after_the_other():
-    namespace: dict = {}
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        for snippet in SNIPPETS:
-            exec(snippet, namespace)
-    results = [arithmetic.extract_answer(line) for line in out.getvalue().splitlines()]
-    assert results == [9 * 6 + 9, (22 - 8) // 2]
-    assert namespace["masks_left"] == 0 and 0 < namespace["share"] < 0.3
+def test_it_is_short():
+    assert len(PAGE.text.splitlines()) <= MOST_LINES
 
 
 def test_only_what_cannot_run_is_left_out():
-    reasons = {block["why"] for block in BLOCKS if block["why"]}
-    assert reasons == {"installs", "needs the weights", "takes long"}
-    assert len(SNIPPETS) == 3 and len(COMMANDS) >= 5
+    assert {block.why for block in PAGE.blocks if block.mark} == {"installs", "needs the weights"}
+    assert len(PAGE.snippets) == 2 and len(COMMANDS) == 3
     assert "python -m dlm_jax.generate --live" in COMMANDS
-    assert README.count("```") == 2 * len(BLOCKS) + 2  # and the map of files
 
 
 def test_the_two_commands_of_the_quick_start():
-    first, second = (block["text"] for block in BLOCKS[:2])
+    first, second = (block.text for block in PAGE.blocks[:2])
     assert first.endswith(".venv/bin/pip install . && .venv/bin/python -m dlm_jax.generate\n")
     assert second.endswith(".venv/bin/pip install -e '.[test]' && .venv/bin/pytest\n")
     assert "'.[test]'" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_options_are_those_of_the_command(capsys):
-    with pytest.raises(SystemExit):
-        generate.parse(["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) - {"--help"}
-    table = [line for line in README.splitlines() if line.startswith("| `")]
-    told = set(re.findall(r"--[a-z][a-z-]+", "\n".join(table)))
-    assert told == known
+def test_the_answer_of_the_quick_start(capsys):
+    assert generate.main([]) == 0
+    answer = capsys.readouterr().out
+    assert f"\n> {answer}" in PAGE.section("Quick start")
+    assert arithmetic.extract_answer(answer) == 7 * 4 - 5
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[27:70])
+def test_command(command, terminal, capsys):
+    assert generate.main(argv_of(command)) == 0
+    out, err = capsys.readouterr()
+    expected = 6 * 7 - 13 if "Sam" in command else 7 * 4 - 5
+    assert arithmetic.extract_answer(out) == expected and "tokens/s" in err
+
+
+def test_large_models_with_small_ones(tmp_path, monkeypatch, capsys):
+    """The commands for large models work, but for the weights and the length of the answer."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in PAGE.blocks if block.why == "needs the weights"]
+    convert = runpy.run_path(str(ROOT / "convert" / "hf_to_orbax.py"))["main"]
+    started = []
+    for command in block.commands():
+        if command.startswith("hf download"):
+            name = command.split(" --local-dir ")[1]
+            (tmp_path / name).symlink_to(ROOT / "dlm_jax" / "assets" / STAND_INS[name])
+            continue
+        program = "convert/hf_to_orbax.py" if "convert/" in command else "-m dlm_jax.generate"
+        argv = argv_of(command, f"python {program}")
+        if "convert/" in command:
+            assert convert(argv) == 0
+            assert "checksums verified" in capsys.readouterr().out
+        else:
+            assert generate.main(["32" if word == "256" else word for word in argv]) == 0
+            assert "32 model forwards" in capsys.readouterr().err
+        started.append(program.split("/")[0])
+    assert started == ["convert", "-m dlm_jax.generate"] * len(STAND_INS)
+
+
+def test_snippets_work_one_after_the_other():
+    namespace, lines = run_snippets(PAGE.snippets)
+    assert [arithmetic.extract_answer(line) for line in lines] == [9 * 6 + 9, (22 - 8) // 2]
+    assert namespace["masks_left"] == 0
+    out = namespace["out"]
+    assert 0 < out.positions_computed.sum() < 0.3 * int(out.nfe) * out.tokens.size
+
+
+def test_the_figures_are_those_of_the_other_pages():
+    """One table and two sentences repeat what docs/ say, where the commands are that measure it."""
+    accuracy = {
+        cells[0]: re.findall(r"\((.*)\)", cells[1])[0]
+        for cells in page("docs/caches.md").table("Accuracy", "cache")
+        if cells[1]
+    }
+    time = {
+        cells[0]: [cells[3], cells[4]]
+        for cells in page("docs/performance.md").table("Measurements", "cache | full forward")
+    }
+    table = PAGE.table("What a cache gains", "`--cache`")
+    assert [names(cells[0])[0] for cells in table] == list(cache.METHODS)
+    for name, _, solved, *speed in table:
+        ordered = f"{name}, random order" if solved.endswith(r"\*") else name
+        assert solved.removesuffix(r" \*") == accuracy[ordered]
+        assert speed == time[name]
+    prose = " ".join(PAGE.prose.split())
+    assert f"`none` in a random order: {accuracy['`none`, random order']}" in prose
+
+    strategies = page("docs/decoding.md").table("Measured", "setting")
+    column = {cells[0]: cells[3].split(" at ") for cells in strategies}  # LLaDA without a cache
+    (solved, tokens), (alone, one) = column["`threshold=0.9`"], column["`num_transfer_tokens=1`"]
+    assert float(one) == 1
+    assert (
+        f"commits {float(tokens):.1f} tokens per forward and solves {solved}% of 200 problems, "
+        f"where one token per forward solves {alone}%" in prose
+    )
+
+
+def test_every_page_is_named():
+    docs = {f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")}
+    assert docs <= {link.partition("#")[0] for link in PAGE.links}
