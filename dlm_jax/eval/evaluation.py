@@ -239,7 +239,7 @@ class Evaluation:
         )
         if (contender.label, leaves[0]) in self.plans:
             decode, method = self.plans[contender.label, leaves[0]]
-            row |= dict(decode=dataclasses.asdict(decode), parameters=dataclasses.asdict(method))
+            row |= dict(decode=report.fields(decode), parameters=dataclasses.asdict(method))
         return row
 
     def _keep(self, name: str, samples: list[Any]) -> None:
