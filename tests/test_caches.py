@@ -516,7 +516,12 @@ def test_parameters_of_the_wrong_type():
         ("llada", cache.DKVDecode(shift_type="un"), {}, "llada predicts a token at its own"),
         ("llada", cache.DKVPD(shift_type="un_right"), {}, "leave shift_type out"),
         ("llada", cache.Dual(block_start="first-column"), {}, "leave block_start out"),
-        ("llada", cache.DKVGreedy(), {}, "strategy='surest' is an order that depends on confidence"),
+        (
+            "llada",
+            cache.DKVGreedy(),
+            {},
+            "strategy='surest' is an order that depends on confidence",
+        ),
         ("dream", cache.DKVGreedy(), dict(alg="entropy"), "so take the strategy random"),
     ],
 )
