@@ -67,7 +67,9 @@ class Trial(NamedTuple):
     @property
     def label(self) -> str:
         """The method, and its parameters as far as they are set."""
-        order = " (random order)" if self.decode.measure.drawn and self.cache == NoCache() else ""
+        order = (
+            " (random order)" if self.decode.strategy.ordered and self.cache == NoCache() else ""
+        )
         parameters = dataclasses.asdict(self.cache).items()
         shown = [f"{name}={value}" for name, value in parameters if value is not None]
         return " ".join([self.cache.name + order, *shown])
@@ -153,7 +155,7 @@ def measure(
     for trial in trials:
         start = time.perf_counter()
         outcome = solve(opened, rows, trial, seed=args.seed, batch=args.batch)
-        baseline = without.setdefault(trial.decode.alg, outcome.texts)
+        baseline = without.setdefault(trial.decode.strategy.name, outcome.texts)
         same = [text == other for text, other in zip(outcome.texts, baseline, strict=True)]
         correct = round(accuracy(drawn, outcome.texts) * len(drawn))
         table.append(
@@ -163,6 +165,7 @@ def measure(
                 parameters=dataclasses.asdict(trial.cache),
                 label=trial.label,
                 alg=trial.decode.alg,
+                strategy=trial.decode.strategy.name,
                 correct=correct,
                 total=len(drawn),
                 accuracy=round(correct / len(drawn), 4),

@@ -78,7 +78,7 @@ def trace(
     assert ((share_TL > 0) <= out.computed[: out.nfe, 0]).all()
     parameters = dataclasses.asdict(method)
     told = [f"{name}={_brief(value)}" for name, value in parameters.items() if value is not None]
-    if decode.measure.drawn:
+    if decode.strategy.ordered:
         told.append("random order")
     return Picture(
         title=f"{method.name}: {', '.join(told)}" if told else method.name,

@@ -62,10 +62,10 @@ def test_a_method_that_must_know_the_order_is_measured_in_a_random_one():
     config = models.PRESETS["small"]
     shapes = random_weights.shapes(config, jnp.dtype("float32"))
     ((_, cases),) = bench.plan(args, config, shapes)
-    assert [(case.label, case.decode.alg) for case in cases] == [
-        ("none", "low_confidence"),
+    assert [(case.label, case.decode.strategy.name) for case in cases] == [
+        ("none", "surest"),
         ("dkv-greedy", "random"),
-        ("dual", "low_confidence"),
+        ("dual", "surest"),
     ]
 
 

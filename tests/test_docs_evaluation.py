@@ -16,9 +16,9 @@ from dlm_jax import checkpoint, evaluate, generate, models, sharding
 from dlm_jax.cache import METHODS, CacheMethod
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, evaluation, report, tasks
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
-from dlm_jax.likelihood import LikelihoodConfig
 
 PAGE = page("docs/evaluation.md")
 all_commands, section, table = PAGE.commands, PAGE.section, PAGE.table
@@ -54,13 +54,12 @@ def plans(command: str) -> list[tuple[str, Plan]]:
     variant = defaults.variant(args.variant, args.model, None)
     found = []
     for contender in evaluation._contenders(args, None):
-        decode, cache_args, likelihood = arguments.sort_out(contender.cache, contender.settings)
-        LikelihoodConfig.for_model(config, **likelihood)
-        recipe = Recipe(config, variant, contender.cache, cache_args, decode)
+        arguments.estimate(config, contender.settings)
+        recipe = Recipe(config, variant, contender.settings)
         for name in args.tasks:
             task = GROUPS.get(name, name)
             # What the task itself asks for is not known here, so nothing may hang on it.
-            assert {"gen_length"} & decode.keys() or task in (
+            assert "gen_length" in contender.settings.decode or task in (
                 *defaults.GEN_LENGTHS,
                 *defaults.OWN,
                 *("arc_easy", "hellaswag"),
@@ -230,7 +229,7 @@ def test_settings():
     assert rows["gen_length"].endswith(f"or {defaults.GEN_LENGTH}")
     assert rows["block_length"].startswith(f"{defaults.BLOCK_LENGTH} for")
     config = models.PRESETS["llada-8b-instruct"]
-    plan = Recipe(config, "inst", "d2cache", {}, {}).plan("gsm8k", {})
+    plan = Recipe(config, "inst", Settings(cache="d2cache")).plan("gsm8k", {})
     method = dataclasses.asdict(plan[1])
     expected = {name: f"{value:g}" for name, value in method.items()}
     assert dict(pair.split("=") for pair in names(rows["d2cache"])) == expected
@@ -257,5 +256,6 @@ def test_arguments_of_the_model_class_are_told():
     said = set(re.findall(r"\w+", " ".join(names(PAGE.prose))))
     parameters = set(inspect.signature(DiffusionLM).parameters)
     objects = {"checkpoint", "token_freq", "batch_size", "device", "max_batch_size", "settings"}
+    objects |= {"named"}
     assert parameters - objects <= said
     assert set(METHODS) <= set(re.findall(r"[\w-]+", PAGE.text))

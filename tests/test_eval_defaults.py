@@ -9,7 +9,8 @@ import dlm_jax
 from dlm_jax import models
 from dlm_jax.cache import D2Cache, DKVGreedy, DLLMCache, NoCache
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.eval import defaults
+from dlm_jax.eval import defaults, report
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 
 LLADA = models.llada.PRESETS["llada-8b-instruct"]
@@ -54,7 +55,8 @@ CACHES = ["none", "dkv-decode", "dkv-greedy", "dkv-prefill", "dkv-pd", "prefix",
 def plan(cache="none", task="gsm8k", model="llada-inst", wishes=None, *, cache_args=None, **decode):
     """Decoding and cache method of a task, where `decode` and `cache_args` are given."""
     config, variant = MODELS[model]
-    return Recipe(config, variant, cache, cache_args or {}, decode).plan(task, wishes or {})
+    settings = Settings(cache=cache, cache_args=cache_args or {}, decode=decode)
+    return Recipe(config, variant, settings).plan(task, wishes or {})
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -71,12 +73,14 @@ def test_lengths_and_blocks_are_those_of_the_framework(cache, model):
 def test_decoding_is_that_of_the_framework(model):
     for cache in (*CACHES, "d2cache"):
         decode, _ = plan(cache, "gsm8k", model)
-        assert decode.alg == ("random" if cache == "dkv-greedy" else "maskgit_plus")
+        greedy = cache == "dkv-greedy"
+        assert decode.strategy.name == ("random" if greedy else "surest")
+        assert greedy or decode.alg == "maskgit_plus"
         assert (decode.pace, decode.num_transfer_tokens, decode.steps) == ("fixed", 1, None)
-        assert (decode.temperature, decode.top_k) == (0.0, None)
+        assert (decode.temperature, decode.top_k) == (None, None)
         assert decode.top_p == (0.9 if model.startswith("dream") else None)
         assert decode.sigma == (10.0 if cache == "d2cache" else None)
-        assert not decode.parallel and not decode.guided and decode.strategy is None
+        assert not decode.guided
 
 
 @pytest.mark.parametrize("task", DLLM)
@@ -110,7 +114,7 @@ def test_what_is_given_comes_before_the_tables_and_these_before_the_task():
     assert (decode.gen_length, decode.block_length) == (96, 32)
     assert plan("none", "some_task", "llada-inst")[0].gen_length == 512
     decode, _ = plan("none", "gsm8k", "llada-inst", wishes, temperature=0.0)
-    assert decode.temperature == 0.0
+    assert decode.temperature is None
     decode, _ = plan("dual", "gsm8k", "llada-base", gen_length=64, block_length=16)
     assert (decode.gen_length, decode.block_length) == (64, 16)
     decode, _ = plan("d2cache", "gsm8k", "llada-inst", block_length=32)
@@ -162,22 +166,23 @@ def test_what_is_given_does_not_clash_with_the_default_schedule(model, given, pa
     family = "even" if model.startswith("llada") else "timestep"
     decode, _ = plan("none", "gsm8k", model, **given)
     assert decode.pace == (pace or family)
+    told = report.fields(decode)
     for name, value in given.items():
-        assert getattr(decode, name) == value
+        assert value in (told.get(name), told["strategy"])
 
 
 def test_wino_needs_no_other_setting():
     decode, method = plan(strategy="wino")
-    assert (decode.strategy, decode.pace, decode.alg) == ("wino", "fixed", "maskgit_plus")
+    assert (decode.strategy.name, decode.pace, decode.alg) == ("wino", "fixed", "maskgit_plus")
     assert method == NoCache()
 
 
 def test_a_cache_that_must_know_the_order_gets_a_random_one_unless_one_is_given():
     decode, method = plan("dkv-greedy")
-    assert (decode.alg, decode.pace, method) == ("random", "fixed", DKVGreedy())
+    assert (decode.strategy.name, decode.pace, method) == ("random", "fixed", DKVGreedy())
     decode, _ = plan("dkv-greedy", alg="random", steps=128)
-    assert (decode.alg, decode.pace, decode.steps) == ("random", "even", 128)
-    with pytest.raises(ValueError, match="alg is 'entropy'.*must know the next tokens"):
+    assert (decode.strategy.name, decode.pace, decode.steps) == ("random", "even", 128)
+    with pytest.raises(ValueError, match="order that depends on confidence.*must know the next"):
         plan("dkv-greedy", alg="entropy")
 
 
@@ -205,7 +210,7 @@ def test_sigma_can_be_switched_off_as_the_help_says():
 
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
     config = dataclasses.replace(LLADA, max_length=512)
-    recipe = Recipe(config, "inst", "none", {}, {})
+    recipe = Recipe(config, "inst", Settings())
     assert recipe.plan("gsm8k", {})[0].gen_length == 256
     with pytest.raises(ValueError) as error:
         recipe.plan("humaneval", {})
@@ -213,7 +218,8 @@ def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
         "gen_length is 512 for humaneval; it must leave room for a prompt in the model's context "
         "of 512 tokens."
     )
-    assert Recipe(config, "inst", "none", {}, dict(gen_length=511)).plan("mbpp", {})
+    longest = Settings(decode=dict(gen_length=511))
+    assert Recipe(config, "inst", longest).plan("mbpp", {})
 
 
 @pytest.mark.parametrize("model", ["llada-inst", "llada-base", "dream-inst"])
