@@ -4,12 +4,13 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 import dlm_jax
 from dlm_jax import models
-from dlm_jax.cache import D2Cache, DKVGreedy, DLLMCache, NoCache
+from dlm_jax.cache import METHODS, D2Cache, DKVGreedy, DLLMCache, NoCache
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.eval import defaults, report
+from dlm_jax.eval import defaults, report, tasks
 from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 
@@ -23,33 +24,8 @@ MODELS = {
     "dream-base": (DREAM, "base"),
     "dream-inst": (DREAM, "inst"),
 }
-GEN_LENGTHS = {
-    "gsm8k": 256,
-    "gsm8k_cot": 256,
-    "math-500": 256,
-    "gpqa_main_generative_n_shot": 256,
-    "mmlu_pro": 256,
-    "humaneval": 512,
-    "humaneval_instruct": 512,
-    "mbpp": 512,
-    "mbpp_instruct": 512,
-    "longbench_hotpotqa": 512,
-    "anything_else": 512,
-}
-# (kp, kr) of llada-base, llada-inst, dream-base, dream-inst
-DLLM = {
-    "gsm8k": [(25, 5), (50, 7), (100, 8), (25, 2)],
-    "gsm8k_cot": [(25, 5), (50, 7), (100, 8), (25, 2)],
-    "humaneval": [(50, 5), (25, 5), (5, 1), (50, 1)],
-    "math-500": [(50, 8), (50, 1), (100, 4), (50, 1)],
-    "mbpp": [(25, 4), (100, 5), (25, 8), (10, 8)],
-    "gpqa_main_generative_n_shot": [(100, 8), (50, 6), (100, 8), (10, 8)],
-    "mmlu_pro": [(100, 6), (50, 3), (25, 2), (5, 1)],
-    "humaneval_instruct": [(50, 4)] * 4,
-    "mbpp_instruct": [(50, 4)] * 4,
-    "anything_else": [(50, 4)] * 4,
-}
-CACHES = ["none", "dkv-decode", "dkv-greedy", "dkv-prefill", "dkv-pd", "prefix", "dual", "dllm"]
+LISTED = sorted({*defaults.GEN_LENGTHS, *defaults.PERIODS, *defaults.OWN})
+"""Tasks that have settings of their own."""
 
 
 def plan(cache="none", task="gsm8k", model="llada-inst", wishes=None, *, cache_args=None, **decode):
@@ -59,42 +35,125 @@ def plan(cache="none", task="gsm8k", model="llada-inst", wishes=None, *, cache_a
     return Recipe(config, variant, settings).plan(task, wishes or {})
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("cache", [*CACHES, "d2cache"])
-def test_lengths_and_blocks_are_those_of_the_framework(cache, model):
-    for task, length in GEN_LENGTHS.items():
-        decode, method = plan(cache, task, model)
-        in_blocks = cache != "d2cache" and (cache in ("prefix", "dual") or model.endswith("inst"))
-        assert (decode.gen_length, decode.block_length) == (length, 32 if in_blocks else length)
-        assert method.name == cache
+# --- facts of the papers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "length"), [("gsm8k", 256), ("humaneval", 512)])
+def test_lengths_are_those_of_the_d2cache_paper(task, length):
+    for model in MODELS:
+        assert plan(task=task, model=model)[0].gen_length == length
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "block"),
+    [
+        # Instruction-tuned models fill blocks of 32, base models everything at once.
+        ("llada-inst", "none", 32),
+        ("dream-inst", "dllm", 32),
+        ("llada-base", "none", 512),
+        ("dream-base", "dkv-decode", 512),
+        ("llada-1.5", "none", 512),
+        # Fast-dLLM's caches always have blocks, d2Cache never.
+        ("llada-base", "prefix", 32),
+        ("dream-base", "dual", 32),
+        ("llada-inst", "d2cache", 512),
+    ],
+)
+def test_blocks_are_those_of_the_d2cache_paper(model, cache, block):
+    assert plan(cache, "mbpp", model)[0].block_length == block
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_decoding_is_that_of_the_framework(model):
-    for cache in (*CACHES, "d2cache"):
+def test_one_token_per_step_the_most_probable_first(model):
+    for cache in METHODS:
         decode, _ = plan(cache, "gsm8k", model)
         greedy = cache == "dkv-greedy"
+        assert (decode.pace, decode.num_transfer_tokens, decode.steps) == ("fixed", 1, None)
         assert decode.strategy.name == ("random" if greedy else "surest")
         assert greedy or decode.alg == "maskgit_plus"
-        assert (decode.pace, decode.num_transfer_tokens, decode.steps) == ("fixed", 1, None)
-        assert (decode.temperature, decode.top_k) == (None, None)
+        assert (decode.temperature, decode.sigma is None) == (None, cache != "d2cache")
         assert decode.top_p == (0.9 if model.startswith("dream") else None)
-        assert decode.sigma == (10.0 if cache == "d2cache" else None)
-        assert not decode.guided
 
 
-@pytest.mark.parametrize("task", DLLM)
-def test_refresh_periods_are_those_of_the_framework(task):
-    names = ("llada-base", "llada-inst", "dream-base", "dream-inst")
-    for model, (kp, kr) in zip(names, DLLM[task], strict=True):
-        assert plan("dllm", task, model)[1] == DLLMCache(kp=kp, kr=kr, rou=0.25)
-    assert plan("dllm", task, "llada-1.5")[1] == DLLMCache(kp=50, kr=4, rou=0.25)
+def test_d2cache_has_the_parameters_of_its_paper():
+    decode, method = plan("d2cache", "humaneval", "dream-base")
+    assert decode.sigma == 10.0
+    assert method == D2Cache(rollout_p=0.1, current_k=32, sigma=10.0, inflate_w=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "kp", "kr"),
+    [
+        ("gsm8k", "llada-inst", 50, 7),
+        ("mbpp", "dream-base", 25, 8),
+        ("mmlu_pro", "llada-inst", 50, 3),  # 51 in dLLM-Cache's own script
+        ("bbh", "llada-base", 50, 4),  # what the framework has no pair for
+        ("gsm8k", "llada-1.5", 50, 4),
+    ],
+)
+def test_refresh_periods_are_those_of_the_framework(task, model, kp, kr):
+    assert plan("dllm", task, model)[1] == DLLMCache(kp=kp, kr=kr, rou=0.25)
+
+
+# --- what holds of every entry --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", LISTED)
+def test_a_task_with_settings_exists(task, manager):
+    assert task in manager.all_tasks
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(tasks.PATH))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_d2cache_has_the_framework_s_parameters(model):
-    wanted = D2Cache(rollout_p=0.1, current_k=32, sigma=10.0, inflate_w=0)
-    assert plan("d2cache", "humaneval", model)[1] == wanted
+@pytest.mark.parametrize("cache", METHODS)
+def test_every_task_can_be_decoded(cache, model):
+    config, _ = MODELS[model]
+    for task in (*LISTED, "anything_else"):
+        decode, method = plan(cache, task, model)
+        assert method.name == cache
+        method.check(config, decode)
+        assert 0 < decode.gen_length < config.max_length
+        assert decode.gen_length % decode.block_length == 0
+        # Nothing but the cache is what the tables of the papers compare.
+        assert not decode.strategy.adaptive and not decode.guided
+        assert decode.temperature is None and decode.top_k is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cache", METHODS)
+def test_what_a_user_gives_wins_with_every_task(cache, model):
+    given = dict(gen_length=96, block_length=48, top_p=0.5, num_transfer_tokens=2, schedule="fixed")
+    for task in (*LISTED, "anything_else"):
+        decode, _ = plan(cache, task, model, dict(gen_length=128, top_p=0.7), **given)
+        assert {name: getattr(decode, name) for name in given} == given
+        usual = {field.name: field.default for field in dataclasses.fields(METHODS[cache])}
+        assert plan(cache, task, model, cache_args=usual)[1] == METHODS[cache]()
+
+
+@pytest.mark.parametrize("task", sorted(defaults.GEN_LENGTHS))
+def test_a_listed_length_holds_whatever_the_task_wishes(task):
+    wished = [plan(task=task, wishes=dict(gen_length=n))[0].gen_length for n in (96, 1024)]
+    assert wished == [plan(task=task)[0].gen_length] * 2
+    assert plan(task="anything_else", wishes=dict(gen_length=96))[0].gen_length == 96
+
+
+@pytest.mark.parametrize("task", sorted(defaults.PERIODS))
+def test_refresh_periods_differ_by_task_and_are_used_by_one_cache_alone(task):
+    listed = {model for model in MODELS if model != "llada-1.5"}
+    found = {model: plan("dllm", task, model)[1] for model in MODELS}
+    other = plan("dllm", "anything_else")[1]
+    assert found["llada-1.5"] == other
+    assert any(found[model] != other for model in listed)
+    for method in found.values():  # the prompt is what changes least
+        assert 1 <= method.kr <= method.kp
+    assert plan("none", task) == (plan("dllm", task)[0], NoCache())
+
+
+# --- whose word counts ----------------------------------------------------------------------------
 
 
 def test_what_is_given_comes_before_the_tables_and_these_before_the_task():
