@@ -105,7 +105,7 @@ OUT = GenerateOutput(
     history=None,
     positions_asked=np.float32([[10, 10], [3, 4], [2, 1], [0, 0]]),
     positions_computed=np.float32([[10, 10], [4, 4], [4, 4], [0, 0]]),
-    variant=np.int32([1, 0, 0, -1]),
+    shape=np.int32([1, 0, 0, -1]),
     computed=None,
     computed_layers=None,
     state=None,
@@ -139,7 +139,7 @@ def test_a_row_of_the_table():
 
 
 def test_a_row_of_one_step_shape():
-    out = OUT._replace(variant=np.int32([0, 0, 0, -1]))
+    out = OUT._replace(shape=np.int32([0, 0, 0, -1]))
     case = CASE._replace(method=cache_lib.NoCache(), steps=STEPS[1:])
     row = bench_report.describe(case, out, Times([3.2], [9.0], [0.2]), CEILINGS)
     assert row["ms_full"] == pytest.approx(1000)  # whatever the run of one forward says
@@ -247,9 +247,9 @@ def test_profile_traces_one_cached_step(tmp_path, monkeypatch, capsys):
         with real(directory):
             yield
 
-    def spy(setup, state, variant):
-        compiled.append(variant.capacity)
-        return step(setup, state, variant)
+    def spy(setup, state, shape):
+        compiled.append(shape.capacity)
+        return step(setup, state, shape)
 
     monkeypatch.setattr(jax.profiler, "trace", trace)
     monkeypatch.setattr(bench_run, "step", spy)
