@@ -150,7 +150,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Runs the trials of a model; returns a row of the table for each."""
     rows = encode(opened, drawn)
-    without: dict[str, list[str]] = {}
+    without: dict[DecodeConfig, list[str]] = {}
     table = []
     for trial in trials:
         start = time.perf_counter()

@@ -48,31 +48,24 @@ def _each(name: str, values: Sequence[float], **others: Any) -> dict[str, dict[s
     return {f"{value:g}": {name: value} | others for value in values}
 
 
-def _made(
-    strategy: str, name: str, values: Sequence[float], **others: Any
-) -> dict[str, dict[str, Any]]:
-    made = _each(name, values, **others)
-    return {
-        label: dict(strategy=strategies.make(strategy, **given)) for label, given in made.items()
-    }
-
-
 LINES: dict[str, dict[str, dict[str, Any]]] = {
     "fixed number": _each("num_transfer_tokens", (1, 2, 4), schedule="fixed"),
     "threshold": _each("threshold", (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)),
     "factor": _each("factor", (0.1, 0.5, 1.0, 2.0, 3.0, 4.0)),
     "gamma": _each("gamma", (0.0001, 0.001, 0.01, 0.1, 1.0)),
     **{
-        f"klass, kl_threshold {kl:g}": _made(
-            "klass", "threshold", (0.9, 0.8, 0.7, 0.6), kl_threshold=kl
+        f"klass, kl_threshold {kl:g}": _each(
+            "threshold", (0.9, 0.8, 0.7, 0.6), strategy="klass", kl_threshold=kl
         )
         for kl in (0.01, 0.1)
     },
-    "wino": _made("wino", "wide_in_thres", (0.8, 0.7, 0.6), narrow_out_thres=0.9),
+    "wino": _each("wide_in_thres", (0.8, 0.7, 0.6), strategy="wino", narrow_out_thres=0.9),
 }
-"""What is swept: line -> label -> arguments of `DecodeConfig`, the most careful ones first.
+"""What is swept: line -> label -> settings, the most careful ones first.
 
-Settings of a line that differ in a traced number run the same compiled program.
+They are arguments of `DecodeConfig`, or those of `strategies.make` if there is the name of a
+strategy among them. Settings of a line that differ in a traced number run the same compiled
+program.
 """
 BASELINE = ("fixed number", "1")
 """One token per step, the surest one."""
@@ -109,7 +102,7 @@ def plan(args: argparse.Namespace, opened: Checkpoint) -> list[Trial]:
     for method in map(cache.make, args.caches):
         for line, settings in LINES.items():
             for label, options in settings.items():
-                decode = DecodeConfig(**sizes, alg=SUREST, **options)
+                decode = DecodeConfig(**sizes, alg=SUREST, **_given(options))
                 try:
                     method.check(opened.config, decode)
                 except ValueError:
@@ -118,6 +111,14 @@ def plan(args: argparse.Namespace, opened: Checkpoint) -> list[Trial]:
                     continue
                 trials.append(Trial(line, label, decode, method))
     return trials
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What `DecodeConfig` takes for some settings."""
+    if "strategy" not in options:
+        return options
+    own = {name: value for name, value in options.items() if name != "strategy"}
+    return dict(strategy=strategies.make(options["strategy"], **own))
 
 
 def measure(

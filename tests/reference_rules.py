@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from dlm_jax.decoding.rows import Chance, Proposal
+
 SIZE = 8
 # Numbers that float32 holds exactly, few enough that equal ones are common.
 parts = st.integers(0, 16).map(lambda n: n / 16)
@@ -19,6 +21,21 @@ def row(values) -> jax.Array:
 
 def number(value) -> jax.Array:
     return jnp.asarray(value, jnp.float32)
+
+
+def proposal(score_L: jax.Array, eligible_L: jax.Array) -> Proposal:
+    """What a strategy sees where confidences are what ranks."""
+    slot_L = jnp.arange(len(score_L), dtype=jnp.int32)
+    return Proposal(
+        read_L=eligible_L,
+        candidate_L=eligible_L,
+        confidence_L=score_L,
+        score_L=score_L,
+        wanted=(),
+        slot_W=slot_L,
+        chance=Chance(jax.random.key(0), jnp.int32(0), slot_L),
+        level=lambda confidence: confidence,
+    )
 
 
 def by_score(score, eligible) -> list[int]:

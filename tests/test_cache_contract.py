@@ -144,15 +144,21 @@ def test_always_fresh_equals_no_cache(method):
     ],
 )
 def test_rows_alone_and_in_a_batch(method, family):
+    """Every row: tokens, history, computed sets and confidences, whatever the layers see."""
     together = generate(family, method)
-    alone = generate(family, method, PROMPT[:1, 2:], None, key=KEYS[:1])
-    n = int(alone.nfe)
-    np.testing.assert_array_equal(together.tokens[0, 2:], alone.tokens[0])
-    np.testing.assert_array_equal(together.history[:n, 0, 2:], alone.history[:n, 0])
-    np.testing.assert_array_equal(together.computed[:n, 0, 2:], alone.computed[:n, 0])
-    np.testing.assert_array_equal(
-        together.computed_layers[:n, 0, :, 2:], alone.computed_layers[:n, 0]
-    )
+    for row, pad in enumerate((2, 0)):
+        one = slice(row, row + 1)
+        alone = generate(family, method, PROMPT[one, pad:], None, key=KEYS[one])
+        n = int(alone.nfe)
+        np.testing.assert_array_equal(together.tokens[row, pad:], alone.tokens[0])
+        np.testing.assert_array_equal(together.history[:n, row, pad:], alone.history[:n, 0])
+        np.testing.assert_array_equal(together.computed[:n, row, pad:], alone.computed[:n, 0])
+        np.testing.assert_array_equal(
+            together.computed_layers[:n, row, :, pad:], alone.computed_layers[:n, 0]
+        )
+        np.testing.assert_allclose(
+            together.confidence[row, pad:], alone.confidence[0], rtol=1e-4, atol=1e-6
+        )
     assert not together.computed[:, 0, :2].any(), "padding is never computed"
 
 

@@ -24,7 +24,7 @@ class TestGuidance:
     def test_the_copy_keeps_only_what_was_generated(self):
         tokens = jnp.asarray([[5, 6, 39, 7], [1, 2, 3, 39]], jnp.int32)
         committed_at = jnp.asarray([[-1, -1, -1, 0], [-1, 4, 2, -1]], jnp.int32)
-        both = guidance.canvases(tokens, committed_at, 39)
+        both = guidance.canvases(tokens, committed_at >= 0, 39)
         assert both[:2].tolist() == tokens.tolist()
         assert both[2:].tolist() == [[39, 39, 39, 7], [39, 2, 3, 39]]
 

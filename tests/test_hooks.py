@@ -9,6 +9,7 @@ from strategy_table import BLOCK, GEN, LENGTH, PROMPT, ROWS, VOCAB, config, padd
 from tiny_models import prompts
 
 from dlm_jax.decoding.state import Draws
+from dlm_jax.decoding.strategies import Random
 
 
 class TestHooks:
@@ -79,8 +80,9 @@ class TestDraws:
     def test_order_says_what_comes_first(self, shape):
         order = np.random.default_rng(4).random(shape).astype(np.float32)
         prompt = prompts(ROWS, PROMPT, seed=17)
-        out = run("llada", prompt, decode=config("random"), draws=Draws(order=order))
-        check(out, prompt, config("random"))
+        decode = config("random", strategy=Random(redrawn=order.ndim == 3))
+        out = run("llada", prompt, decode=decode, draws=Draws(order=order))
+        check(out, prompt, decode)
         for row in range(ROWS):
             left = set(range(PROMPT, LENGTH))
             for step in range(4):

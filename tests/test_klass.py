@@ -1,14 +1,29 @@
-"""KLASS: how far predictions moved, and which of them have settled."""
+"""KLASS: how far predictions moved, and which of them have become stable."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from reference_rules import number
+from tiny_models import small_config
 
-from dlm_jax.decoding.strategies import klass
+from dlm_jax.decoding import step
+from dlm_jax.decoding.strategies import Threshold, klass
+from dlm_jax.geometry import Geometry
 
 
 class TestKlass:
     LENGTH, SLOTS, VOCAB, HISTORY = 6, 4, 5, 2
+    GEO = Geometry(prompt=2, gen=4, block=4, steps=None, shift=0)
+
+    def begin(self, history: int) -> klass.Moves:
+        """What is known of a row before its first step."""
+        config = small_config(vocab_size=self.VOCAB, mask_id=4, eos_id=3, pad_id=3)
+        return klass.Klass(Threshold(0.9), kl_history_length=history).init(config, self.GEO)
+
+    def stable(self, known: klass.Moves, level: float) -> list[int]:
+        return np.flatnonzero(klass.stable(known, number(level), self.LENGTH)).tolist()
 
     def predictions(self, seed: int) -> np.ndarray:
         p = np.random.default_rng(seed).dirichlet(np.ones(self.VOCAB), (2, 3))
@@ -22,20 +37,17 @@ class TestKlass:
             ([[2, 4, 5], [2, 3, 4]], [True, False]),
             ([[5, 4, 6], [2, 3, 4]], [True, True]),
         ]
-        known = klass.begin(2, self.SLOTS, self.VOCAB, self.HISTORY)
+        known = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), self.begin(self.HISTORY))
+        follow = jax.vmap(functools.partial(klass.followed, length=self.LENGTH))
         before = np.zeros((2, self.SLOTS, self.VOCAB))
         history = [[[0.0] * self.HISTORY for _ in range(self.SLOTS)] for _ in range(2)]
         for seed, (slots, active) in enumerate(steps):
             p = self.predictions(seed)
             with np.errstate(divide="ignore"):
                 log_p = jnp.asarray(np.log(p), jnp.float32)
-            known = klass.update(
-                known,
-                log_p,
-                jnp.asarray(slots, jnp.int32),
-                jnp.asarray(active),
-                self.LENGTH,
-            )
+            # The step keeps what is known of rows that are not active.
+            moved = follow(known, log_p, jnp.asarray(slots, jnp.int32))
+            known = jax.vmap(step._keep_unless)(jnp.asarray(active), moved, known)
             for b in range(2):
                 if not active[b]:
                     continue
@@ -44,29 +56,28 @@ class TestKlass:
                     if slot < self.LENGTH:
                         now[slot - 2] = p[b, w]
                 for s in range(self.SLOTS):
-                    moved = np.log(now[s] + 1e-12) - np.log(before[b, s] + 1e-12)
-                    history[b][s] = [*history[b][s][1:], float((now[s] * moved).sum())]
+                    change = np.log(now[s] + 1e-12) - np.log(before[b, s] + 1e-12)
+                    history[b][s] = [*history[b][s][1:], float((now[s] * change).sum())]
                 before[b] = now
-            np.testing.assert_allclose(known.divergence_BSh, history, rtol=1e-4, atol=1e-6)
-            np.testing.assert_allclose(known.probability_BSV, before, rtol=1e-5)
+            np.testing.assert_allclose(known.divergence_Sh, history, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(known.probability_SV, before, rtol=1e-5)
 
     def test_the_first_step_moves_every_prediction(self):
-        known = klass.update(
-            klass.begin(2, self.SLOTS, self.VOCAB, 1),
-            jnp.log(jnp.full((2, 3, self.VOCAB), 1 / self.VOCAB)),
-            jnp.asarray([[2, 3, 4]] * 2, jnp.int32),
-            jnp.ones(2, bool),
+        known = klass.followed(
+            self.begin(1),
+            jnp.log(jnp.full((3, self.VOCAB), 1 / self.VOCAB)),
+            jnp.asarray([2, 3, 4], jnp.int32),
             self.LENGTH,
         )
-        assert (known.divergence_BSh > 20).all()  # log(1/5) - log(1e-12), also where not read
-        assert not klass.settled(known, number(20.0), self.LENGTH).any()
+        assert (known.divergence_Sh > 20).all()  # log(1/5) - log(1e-12), also where not read
+        assert not self.stable(known, 20.0)
 
-    def test_settled_needs_every_remembered_step_and_nothing_in_the_prompt(self):
-        divergence = [[[0.0, 0.0], [0.5, 0.0], [0.0, 0.5], [0.25, 0.125]]]
-        known = klass.Stability(jnp.zeros((1, 4, 5)), jnp.asarray(divergence))
+    def test_stable_needs_every_remembered_step_and_nothing_in_the_prompt(self):
+        divergence = [[0.0, 0.0], [0.5, 0.0], [0.0, 0.5], [0.25, 0.125]]
+        known = klass.Moves(jnp.zeros((4, 5)), jnp.asarray(divergence))
         for level, expected in ((0.25, [2]), (0.3125, [2, 5]), (1.0, [2, 3, 4, 5]), (0.0, [])):
-            settled = klass.settled(known, number(level), self.LENGTH)
-            assert np.flatnonzero(settled[0]).tolist() == expected
+            assert self.stable(known, level) == expected
 
-    def test_steps_that_never_were_count_as_settled(self):
-        assert klass.settled(klass.begin(1, 4, 5, 3), number(0.01), 4).all()
+    def test_steps_that_never_were_count_as_stable(self):
+        assert klass.stable(self.begin(3), number(0.01), self.SLOTS).all()
+        assert self.stable(self.begin(3), 0.01) == [2, 3, 4, 5]

@@ -26,7 +26,7 @@ def needed(name: str, **changes) -> tuple[int, int, int]:
     ids, key = jax.ShapeDtypeStruct((B, P), jnp.int32), jax.random.key(0)
     params = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))["params"]
     geo = decode.geometry(prompt=P, shift=config.shift)
-    kept = jax.eval_shape(lambda: method.init_cache(config, geo, B, jnp.float32))
+    kept = jax.eval_shape(lambda: method.init_cache(config, geo, jnp.float32))
 
     def run(params, ids):
         return diffusion_generate(params, model, ids, key=key, decode=decode, cache=method)
@@ -37,7 +37,7 @@ def needed(name: str, **changes) -> tuple[int, int, int]:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     assert stats.argument_size_in_bytes < size(params) + MIB
-    return stats.temp_size_in_bytes, size(kept), size(params)
+    return stats.temp_size_in_bytes, B * size(kept), size(params)
 
 
 @pytest.mark.parametrize(

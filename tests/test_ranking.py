@@ -12,6 +12,7 @@ from reference_rules import (
     number,
     often,
     parts,
+    proposal,
     row,
     rows,
     slow_bounded,
@@ -19,11 +20,17 @@ from reference_rules import (
 )
 
 from dlm_jax import ranking
+from dlm_jax.decoding.strategies import Threshold, entropy_bound
+from dlm_jax.decoding.strategies import factor as factor_rule
 
 top = jax.jit(ranking.top)
-sure = jax.jit(ranking.sure)
-factored = jax.jit(ranking.factored)
-bounded_entropy = jax.jit(ranking.bounded_entropy)
+factored = jax.jit(factor_rule.factored)
+bounded = jax.jit(entropy_bound.bounded)
+
+
+@jax.jit
+def sure(score_L: jax.Array, eligible_L: jax.Array, level: jax.Array) -> jax.Array:
+    return Threshold(level).count(proposal(score_L, eligible_L), eligible_L)
 
 
 class TestTop:
@@ -107,27 +114,25 @@ class TestFactored:
         assert count(1e6) == sum(eligible)
 
 
-class TestBoundedEntropy:
+class TestBounded:
     def test_by_hand(self):
         score = row([0.9, 0.8, 0.7, 0.95])
         entropy = row([0.5, 0.25, 1.0, 9.0])
         eligible = jnp.asarray([True, True, True, False])
         # Without the largest of the first 1, 2, 3: 0, 0.25, 0.75.
         for gamma, expected in ((0.0, 1), (0.1875, 1), (0.25, 2), (0.6875, 2), (0.75, 3), (9.0, 3)):
-            assert bounded_entropy(score, entropy, eligible, number(gamma)) == expected
+            assert bounded(score, entropy, eligible, number(gamma)) == expected
 
     def test_the_largest_entropy_is_left_out_wherever_it_stands(self):
         score, everywhere = row([3.0, 2.0, 1.0]), jnp.ones(3, bool)
         for entropy in ([4.0, 0.25, 0.5], [0.25, 4.0, 0.5], [0.5, 0.25, 4.0]):
-            assert bounded_entropy(score, row(entropy), everywhere, number(0.75)) == 3
+            assert bounded(score, row(entropy), everywhere, number(0.75)) == 3
 
     @often
     @given(score=rows, entropy=rows, eligible=flags, gamma=parts, larger=parts)
     def test_definition(self, score, entropy, eligible, gamma, larger):
         def count(gamma):
-            return int(
-                bounded_entropy(row(score), row(entropy), jnp.asarray(eligible), number(gamma))
-            )
+            return int(bounded(row(score), row(entropy), jnp.asarray(eligible), number(gamma)))
 
         assert count(gamma) == slow_bounded(score, entropy, eligible, gamma)
         assert count(gamma + larger) >= count(gamma)

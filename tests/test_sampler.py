@@ -1,5 +1,7 @@
 """Candidates and confidences against definitions written out in numpy."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from dlm_jax.decoding import sampler
+from dlm_jax.decoding.strategies.entropy_bound import entropy
 
 VOCAB = 7
 LOGITS = np.log(
@@ -16,28 +19,39 @@ LOGITS = np.log(
 )
 
 
-def sampled(alg, logits=LOGITS, *, banned=None, seed=0, debias=None, **numbers):
-    """What `sampler.sample` makes of one row; numbers that are not given are None."""
+class Sampled(NamedTuple):
+    """Of one row."""
+
+    token: jax.Array
+    score: jax.Array
+    confidence: jax.Array
+    said: sampler.Distributions
+
+
+def sampled(alg, logits=LOGITS, *, banned=None, seed=0, **numbers):
+    """What `sampler.sample` and a measure make of one row; numbers that are not given are None."""
     logits = jnp.asarray(logits, jnp.float32)[None]
     dtypes = dict(top_k=jnp.int32)
-    return sampler.sample(
+    token, said = sampler.sample(
         logits,
         jax.random.split(jax.random.key(seed), logits.shape[:2]),
-        alg=alg,
         banned=banned,
-        debias=debias,
         **{
             name: jnp.asarray(value, dtypes.get(name, jnp.float32))
             for name, value in numbers.items()
             if value is not None
         },
     )
+    measure = sampler.ALGORITHMS[alg]
+    score, confidence = measure.score(said, token), measure.confidence(said, token)
+    np.testing.assert_array_equal(measure.report(score), confidence)
+    return jax.tree.map(lambda leaf: leaf[0], Sampled(token, score, confidence, said))
 
 
 def sample(*arguments, **keywords):
     """Candidates and confidences of one row."""
     out = sampled(*arguments, **keywords)
-    return np.asarray(out.token[0]), np.asarray(out.confidence[0])
+    return np.asarray(out.token), np.asarray(out.confidence)
 
 
 def test_confidences_of_the_unfiltered_softmax():
@@ -78,7 +92,7 @@ def test_a_banned_token_is_no_candidate_but_keeps_its_share():
 def test_sure_tokens_are_ranked_where_float32_probabilities_are_all_one():
     logits = np.zeros((3, 1000), np.float32)
     logits[:, 5] = [25.0, 27.0, 26.0]
-    _, (score,), (confidence,), *_ = sampled("low_confidence", logits)
+    _, score, confidence, _ = sampled("low_confidence", logits)
     assert (confidence == 1).all()
     assert np.argsort(score).tolist() == [0, 2, 1]
     exact = -np.log1p(999 * np.exp(-logits[:, 5].astype(np.float64)))
@@ -158,6 +172,21 @@ def test_every_confidence_reaches_a_level_of_zero_and_none_reaches_more_than_one
         assert (scores >= measure.level(jnp.float32(confidence))).all() == reached
 
 
+@pytest.mark.parametrize("alg", sorted(sampler.ALGORITHMS))
+def test_what_a_measure_says_of_itself_is_so(alg):
+    """Of any tokens, candidates or not: which measures go by the token, and which are negative."""
+    measure = sampler.ALGORITHMS[alg]
+    said = sampled(alg, temperature=0.7).said
+    told = np.asarray([measure.confidence(said, jnp.full(2, v)) for v in range(VOCAB)])
+    if measure.is_probability:
+        logits = LOGITS if alg == "low_confidence" else LOGITS / 0.7
+        p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        np.testing.assert_allclose(told, p.T, rtol=1e-4)
+    else:
+        assert (told == told[0]).all()
+    assert (told <= 0).all() == measure.negative
+
+
 def test_the_tempered_distribution_is_told():
     for out, expected in (
         (sampled("low_confidence"), np.exp(LOGITS)),
@@ -166,7 +195,7 @@ def test_the_tempered_distribution_is_told():
         (sampled("low_confidence", banned=6), np.exp(LOGITS)),
     ):
         expected = expected / expected.sum(-1, keepdims=True)
-        np.testing.assert_allclose(np.exp(out.tempered[0]), expected, rtol=1e-4)
+        np.testing.assert_allclose(np.exp(out.said.tempered), expected, rtol=1e-4)
 
 
 def test_debias_makes_common_tokens_less_sure():
@@ -175,10 +204,10 @@ def test_debias_makes_common_tokens_less_sure():
     for alg in ("low_confidence", "maskgit_plus"):
         for clip, expected in ((10.0, [1.84207, 0.48520]), (1.5, [1.5, 0.48520])):
             debias = sampler.Debias(jnp.asarray(frequency, jnp.float32), jnp.float32(clip))
-            out = sampled(alg, debias=debias)
-            assert out.token.tolist() == [[1, 6]]
-            np.testing.assert_allclose(out.confidence[0], expected, rtol=1e-4)
-            np.testing.assert_array_equal(out.score, out.confidence)
+            out = sampled(alg)
+            assert out.token.tolist() == [1, 6]
+            (told,) = debias.calibrate(out.confidence[None], out.token[None])
+            np.testing.assert_allclose(told, expected, rtol=1e-4)
 
 
 def test_debias_of_tokens_that_never_occur_is_finite():
@@ -192,7 +221,7 @@ def test_entropy_of_distributions():
     with np.errstate(divide="ignore"):
         log_p = jnp.asarray(np.log(rows), jnp.float32)
     expected = [np.log(2), np.log(4), 0.0, -0.7 * np.log(0.7) - 0.3 * np.log(0.1)]
-    np.testing.assert_allclose(sampler.entropy(log_p), expected, atol=1e-6)
+    np.testing.assert_allclose(entropy(log_p), expected, atol=1e-6)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -120,9 +120,27 @@ def test_time_shares_are_those_of_evenly_falling_times(steps, eps):
 
 def test_the_share_of_a_step_is_that_of_its_times():
     chosen, _ = make("timestep", 8, steps=4, eps=0.2)
-    share_B = chosen.share(jnp.arange(6, dtype=jnp.int32))
+    masks_B = jnp.full(6, 8, jnp.int32)
+    share_B = chosen.share(masks_B, masks_B, jnp.arange(6, dtype=jnp.int32))
     np.testing.assert_allclose(share_B, [0.2, 0.25, 1 / 3, 1, 1, 1], rtol=1e-5)
-    assert all(make(name, 8)[0].share is None for name in ("even", "fixed", "capped"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("even", dict(steps=3), [3 / 8, 3 / 5, 1, 0]),
+        ("fixed", dict(num_transfer_tokens=3), [3 / 8, 3 / 5, 1, 0]),
+        ("capped", dict(steps=3), [1 / 8, 1 / 5, 1 / 2, 0]),
+        ("timestep", dict(steps=4, eps=0.2), [0.2, 0.25, 1 / 3, 1]),
+    ],
+)
+def test_the_share_of_a_step_is_what_it_commits_of_what_is_left(name, arguments, expected):
+    """The least, where that is counted: of 8, 5, 2 and no masks."""
+    chosen, _ = make(name, 8, **arguments)
+    share_B = chosen.share(
+        jnp.full(4, 8, jnp.int32), jnp.asarray([8, 5, 2, 0]), jnp.arange(4, dtype=jnp.int32)
+    )
+    np.testing.assert_allclose(share_B, expected, rtol=1e-5)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

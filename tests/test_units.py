@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from tiny_models import small, small_config
 
 from dlm_jax import cache, models, queries, ranking
+from dlm_jax.decoding import strategies
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
@@ -161,16 +162,6 @@ class TestDecodeConfig:
         lengths = {n: DecodeConfig.for_model(small_config(), gen_length=n) for n in (64, 34, 127)}
         assert [config.block_length for config in lengths.values()] == [32, 17, None]
 
-    def test_numbers_are_split_off(self):
-        static, numbers = DecodeConfig(temperature=0.5, top_k=3).split()
-        assert static == DecodeConfig(temperature=0.7, top_k=9).split()[0] and numbers.top_p is None
-        assert (float(numbers.temperature), int(numbers.top_k)) == (0.5, 3)
-        for config in (DecodeConfig(), DecodeConfig(temperature=jnp.float32(0), top_p=1.0)):
-            static, numbers = config.split()
-            assert static == DecodeConfig() and set(numbers._replace(clip_alpha=None)) == {None}
-        rule = DecodeConfig(threshold=0.5, sigma=2.0).split()[0]
-        assert rule == DecodeConfig(threshold=0.9, sigma=3.0).split()[0] and rule.parallel
-
     def test_an_answer_ends_at_the_model_s_token_unless_another_one_is_given(self):
         config = small_config(eos_id=38)
         assert DecodeConfig().end_of_text(config) == 38
@@ -180,6 +171,7 @@ class TestDecodeConfig:
         greedy, dual = cache.make("dkv-greedy"), cache.make("dual")
         config = DecodeConfig(gen_length=8, alg="entropy", temperature=0.5)
         assert config.for_cache(greedy) == dataclasses.replace(config, alg="random")
+        assert config.for_cache(greedy).strategy == strategies.Random()
         drawn = config.for_cache(greedy)
         assert drawn.for_cache(greedy) is drawn and config.for_cache(dual) is config
         with pytest.raises(ValueError, match="With the cache 'dkv-greedy', .*, alg is 'random'"):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from reference_rules import SIZE, flags, number, often, parts, row, rows
 from tiny_models import small_config
 
+from dlm_jax.decoding import shadow
+from dlm_jax.decoding.rows import Row
 from dlm_jax.decoding.strategies import wino
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import Transformer
@@ -58,10 +60,15 @@ class TestWino:
         expected = sorted(doubtful[: max(now - least, 0)])
         assert self.revoked(probability, committed, threshold, now, least) == expected
 
-    def test_a_row_that_is_not_active_has_no_span(self):
+    def test_all_of_a_row_s_block_is_read_and_nothing_of_a_row_that_is_done(self):
+        """Whatever the cache method wants."""
         geo = Geometry(prompt=3, gen=6, block=2, steps=None, shift=0)
-        slots = wino.span(jnp.asarray([1, 2]), jnp.asarray([True, False]), geo)
-        assert slots.tolist() == [[5, 6], [9, 9]]
+        nothing = Row(**dict.fromkeys(Row._fields, jnp.int32(0)))
+        for block, expected in enumerate([[3, 4], [5, 6], [7, 8], []]):
+            row = nothing._replace(block=jnp.int32(block))
+            for wanted in (False, True):
+                read_L = wino.Wino().readable(row, jnp.full(9, wanted), geo)
+                assert np.flatnonzero(read_L).tolist() == expected
 
 
 MASK, BLOCK = 39, [3, 4, 5, 6]
@@ -82,7 +89,7 @@ def predict():
     def both(tokens_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         slots = jnp.asarray([BLOCK] * 2, jnp.int32)
         layout = lay_out(model.config, valid_BL)
-        hidden = wino.predict(model, params, tokens_BL, valid_BL, layout, slots)
+        hidden = shadow.predict(model, params, tokens_BL, valid_BL, valid_BL, layout, slots)
         return unembed(model, params, hidden), model.apply({"params": params}, tokens_BL)
 
     return lambda canvas: jax.device_get(both(jnp.asarray([canvas] * 2, jnp.int32)))

@@ -71,7 +71,7 @@ def _check_numbers(decode: "DecodeConfig") -> None:
 def _check_strategy(decode: "DecodeConfig") -> None:
     """What the strategy has no meaning with."""
     strategy = decode.strategy
-    if decode.schedule == "capped" and "capped" not in strategy.schedules:
+    if decode.schedule == "capped" and not strategy.adaptive:
         rules = ", ".join(strategies.shorthands())
         raise ValueError(f"schedule is 'capped', which limits a rule; give one of {rules}.")
     if decode.schedule is not None and decode.schedule not in decode.schedules:

@@ -220,7 +220,7 @@ def _check_state(
                 "it as well."
             )
     recorded = tuple(name for name, records in kept.items() if records is not None)
-    wanted = jax.eval_shape(lambda *given: begin(*given, recorded), setup, tokens_BL)
+    wanted = jax.eval_shape(functools.partial(begin, record=recorded), setup, tokens_BL)
 
     def shapes(state: DecodeState) -> tuple:
         leaves, structure = jax.tree.flatten(state)

@@ -153,5 +153,5 @@ def _next_block(
         first_B = jnp.argmax(later_Bb, axis=-1).astype(block_B.dtype)
         next_B = jnp.where(jnp.any(later_Bb, axis=-1), first_B, jnp.full_like(first_B, blocks))
     mask_id = setup.model.config.mask_id
-    masked_BL = jax.vmap(lambda *row: canvas.masked(*row, mask_id))(tokens_BL, valid_BL)
+    masked_BL = jax.vmap(canvas.masked, (0, 0, None))(tokens_BL, valid_BL, mask_id)
     return next_B, jax.vmap(canvas.count_in)(masked_BL, next_B)

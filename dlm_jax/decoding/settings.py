@@ -122,11 +122,14 @@ def check_number(
     """
     if not concrete(value):
         return
-    kinds = (numbers.Real, np.number, np.ndarray, jax.Array)
-    if isinstance(value, bool | np.bool_) or not isinstance(value, kinds):
+    if isinstance(value, bool | np.bool_) or not _is_number(value):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
     if not (least <= value <= most and (above == -math.inf or value > above)):
         raise ValueError(f"{name} is {value}; it must {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real | np.number | np.ndarray | jax.Array)
 
 
 def check_confidence(name: str, value: Number) -> None:

@@ -14,6 +14,7 @@ from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.settings import traced
 from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup
 from dlm_jax.decoding.step import begin
+from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.keys import row_keys
 from dlm_jax.models.base import Config, Transformer, lay_out
 from dlm_jax.queries import Slots
@@ -181,8 +182,8 @@ def _check_draws(draws: Draws, row: tuple[int, int], decode: DecodeConfig) -> No
     ):
         raise ValueError(
             f"draws.order has shape {jnp.shape(order)} and {strategy.spelling}; it must be {row}, "
-            "a number per row and position, for the strategy 'random', or one such array per "
-            "forward if that is redrawn."
+            f"a number per row and position, for the strategy {_names('ordered')}, or one such "
+            "array per forward if that is redrawn."
         )
     if transfer is not None and not (
         (strategy.drawn or decode.alg_temp is not None)
@@ -191,6 +192,12 @@ def _check_draws(draws: Draws, row: tuple[int, int], decode: DecodeConfig) -> No
     ):
         raise ValueError(
             f"draws.transfer has shape {jnp.shape(transfer)}; it must be (forwards, "
-            f"{row[0]}, {row[1]}), what each forward fills, for a strategy that draws it or an "
-            "alg_temp."
+            f"{row[0]}, {row[1]}), what each forward fills, for the strategy {_names('drawn')} or "
+            "an alg_temp."
         )
+
+
+def _names(trait: str) -> str:
+    """The strategies that have something in common."""
+    having = (name for name, strategy in STRATEGIES.items() if getattr(strategy, trait))
+    return " or ".join(map(repr, having))

@@ -56,7 +56,7 @@ class Klass(Strategy):
     whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.rule.by_confidence:
+        if not (isinstance(self.rule, Rule) and self.rule.by_confidence):
             raise ValueError(
                 "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
                 "one of these two."
