@@ -140,7 +140,7 @@ def test_commands_of_d2cache():
         assert decode.top_p in (None, 0.9)
         if method.name == "prefix":
             assert decode.block_length == 32
-        if method.name == "d2cache" and decode.threshold is None:
+        if method.name == "d2cache" and decode.strategy.name == "surest":
             assert decode.block_length == decode.gen_length
             assert decode.sigma == method.sigma and method.inflate_w == 0
     periods = {
@@ -154,22 +154,23 @@ def test_commands_of_d2cache():
 def test_commands_of_fast_dllm():
     for command, label, (decode, method) in paper("Fast-dLLM"):
         dream = "Dream" in command
-        assert decode.threshold is None or decode.threshold >= 0.5
-        assert decode.parallel or decode.pace == ("timestep" if dream else "fixed")
+        assert report.fields(decode).get("threshold", 1.0) >= 0.5
+        assert decode.strategy.adaptive or decode.pace == ("timestep" if dream else "fixed")
         if method.name != "none" and "block_length=" not in label:
             assert decode.block_length == 32
             assert method.block_start == ("first-column" if dream else "shifted")
         elif dream:
             assert decode.block_length == decode.gen_length
             assert decode.steps in (None, decode.gen_length // 32)
-        assert decode.split()[1].top_p is None
+        assert decode.top_p is None
 
 
 def test_commands_of_dkv_cache():
     for command, _, (decode, method) in paper("dKV-Cache"):
         dream = "Dream" in command
-        assert decode.alg in (("entropy",) if dream else ("random", "maskgit_plus"))
-        assert (decode.alg == "random") >= (method.name == "dkv-greedy")
+        random = decode.strategy.name == "random"
+        assert random or decode.alg == ("entropy" if dream else "maskgit_plus")
+        assert not (random and dream) and random >= (method.name == "dkv-greedy")
         steps = {"dkv-decode": 4 if dream else 8, "dkv-greedy": 2, "dkv-pd": 4}
         if method.name in steps:
             assert method.cache_steps == steps[method.name]
@@ -179,7 +180,7 @@ def test_commands_of_dkv_cache():
 
 def test_commands_of_dllm_cache():
     for command, _, (decode, method) in paper("dLLM-Cache"):
-        assert decode.temperature == (0.2 if "Dream" in command else 0)
+        assert decode.temperature == (0.2 if "Dream" in command else None)
         assert decode.alg == ("entropy" if "Dream" in command else "maskgit_plus")
         assert method.name == "none" or method.rou == 0.25
     assert len(paper("dLLM-Cache")) == 2 * 25

@@ -200,7 +200,7 @@ def test_tasks_are_decoded_in_their_own_ways(make, say):
     model, engine = make(batch_size=4), say("3")
     requests = asked("a", "b") + asked("c", do_sample=True, temperature=0.5)
     assert model.generate_until(requests, disable_tqdm=True) == ["3"] * 3
-    assert [decode.temperature for decode, _ in engine.made] == [0.0, 0.5]
+    assert [decode.temperature for decode, _ in engine.made] == [None, 0.5]
     assert [len(batch) for batch in engine.batches] == [4 - 1] * 2
 
 
