@@ -6,4 +6,4 @@ work=$(mktemp -d) # deleted at the end, with all that is in it
 trap 'rm -rf "$work"' EXIT
 venv=$work/venv
 python3 -m venv "$venv"
-"$venv/bin/pip" install --quiet '.[dev]'
+"$venv/bin/pip" install --quiet '.[test]'
