@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 from dlm_jax import arithmetic, cache, checkpoint, generate, tokenizer
 from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cli import choices, live
-from dlm_jax.decoding.checks import STRATEGIES
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.schedule import SCHEDULES
+from dlm_jax.decoding.strategies import STRATEGIES, Klass, Threshold
 from dlm_jax.engine import Engine, PromptError, check_rows
 
 TEMPLATE = (
@@ -116,8 +116,7 @@ def test_the_help_lists_all_caches_schedules_and_strategies(capsys):
     told = "".join(capsys.readouterr().out.split())  # lines break at hyphens
     assert all(name in told.split("--cacheNAME")[-1][:120] for name in cache.METHODS)
     assert all(name in told.split("--scheduleNAME")[-1][:80] for name in SCHEDULES)
-    assert all(name in told.split("--strategyNAME")[-1][:80] for name in STRATEGIES)
-    assert choices.STRATEGY_ARGS.keys() == set(STRATEGIES)
+    assert all(name in told.split("--strategyNAME")[-1][:100] for name in STRATEGIES)
 
 
 def test_a_cache_computes_less(model, capsys):
@@ -222,16 +221,19 @@ def test_klass_and_debias_reach_the_decoding(model, capsys, tmp_path):
         assert generate.main([*argv, *strategy, "--clip-alpha=5"]) == 0
     ((decode, token_freq),) = made
     assert MASK not in json.loads(capsys.readouterr().out)["tokens"]
-    assert (decode.strategy, decode.threshold, decode.clip_alpha) == ("klass", 0.5, 5)
-    assert (decode.kl_history_length, decode.kl_threshold) == (1, 0.01)
+    assert decode.strategy == Klass(Threshold(0.5), kl_threshold=0.01, kl_history_length=1)
+    assert decode.clip_alpha == 5
     assert token_freq[97] == 0.5 and np.delete(token_freq, 97) == pytest.approx(0.01)
 
 
-def test_every_option_of_decoding_is_a_field(model):
+def test_options_of_decoding_are_its_arguments(model):
+    """All that a user of the command may want, and nothing that a strategy is told apart."""
+    passed = set(choices.passed(generate.parse([])))
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
-    allowed = {name for names in choices.STRATEGY_ARGS.values() for name in names}
-    passed = choices.passed(generate.parse([]))
-    assert {*passed, *allowed} <= fields and not allowed & set(passed)
+    assert passed - fields == {s.shorthand for s in STRATEGIES.values()} - {None}
+    assert passed >= {"strategy", "alg", "schedule", "steps", "temperature", "max_forwards"}
+    own = {field.name for s in STRATEGIES.values() for field in dataclasses.fields(s)}
+    assert not (own - passed) & set(vars(generate.parse([])))
 
 
 def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):
@@ -262,11 +264,20 @@ WRONG = {
     "sigma": (["--sigma=0"], "sigma is 0.0; it must be above 0"),
     "guidance": (["--cfg-scale=-1"], "cfg_scale is -1.0"),
     "forwards": (["--max-forwards=0"], "max_forwards is 0"),
-    "strategy": (["--strategy=best"], "it must be one of klass, wino"),
-    "no such": (["--strategy=best", "--strategy-args=alg=1"], "it must be one of klass, wino"),
+    "strategy": (["--strategy=best"], "it must be one of surest, threshold, factor, "),
+    "no such": (
+        ["--strategy=best", "--strategy-args=alg=1"],
+        "it must be one of surest, threshold, factor, ",
+    ),
     "klass": (["--strategy=klass"], "give one of these two"),
     "wino and cache": (["--strategy=wino", "--cache=dual"], "so take the cache 'none'"),
     "wino and infill": (["--strategy=wino", "--infill", "[MASK]"], "no meaning with infill"),
+    "rule twice": (
+        ["--strategy=klass", "--factor=1", "--strategy-args=factor=2"],
+        "factor is given twice; leave it out of --strategy-args, or --factor.",
+    ),
+    "no rule": (["--strategy=threshold"], "needs threshold; give it as threshold="),
+    "wino and rule": (["--strategy=wino", "--gamma=1"], "has no argument 'gamma'; it takes wide_"),
     "no strategy": (["--strategy-args=kl_threshold=1"], "choose it with --strategy"),
     "strategy argument": (
         ["--strategy=wino", "--strategy-args=kl_threshold=1"],
@@ -277,8 +288,12 @@ WRONG = {
         "kl_threshold is 'low'; it must be a number",
     ),
     "strategy inf": (
-        ["--strategy=klass", "--factor=1", "--strategy-args=kl_history_length=Infinity"],
-        "kl_history_length is inf; it must be a number",
+        ["--strategy=wino", "--strategy-args=wide_in_thres=Infinity"],
+        "wide_in_thres is inf; it must be a confidence",
+    ),
+    "strategy whole": (
+        ["--strategy=klass", "--factor=1", "--strategy-args=kl_history_length=0"],
+        "kl_history_length is 0; it must be a whole number from 1 on",
     ),
     "suppress": (["--suppress=no"], "--suppress: 'no' is 2 tokens, "),
     "suppress mask": (["--suppress=<|mask|>"], "suppress has the mask token"),
@@ -321,7 +336,7 @@ WRONG = {
     "cache argument": (["--cache-args=k=1"], "has no argument 'k'"),
     "cache arguments": (["--cache-args=k"], "name=value"),
     "cache value": (["--cache=dllm", "--cache-args=rou=2"], "rou is 2; it must lie in [0, 1]"),
-    "cache order": (["--cache=dkv-greedy"], "so set alg to random"),
+    "cache order": (["--cache=dkv-greedy"], "so take the strategy random."),
     "cache shift": (["--cache=dkv-pd", "--cache-args=shift_type=un"], "leave shift_type out"),
     "cache unsound": (["--cache=dkv-pd", "--cache-args=shift_type=right"], "take 'un_right'"),
     "option": (["--frobnicate"], "--frobnicate"),

@@ -106,7 +106,7 @@ def check_number(
     value: Number,
     wanted: str,
     *,
-    least: float | int = -math.inf,
+    least: float | int = -sys.float_info.max,
     above: float | int = -math.inf,
     most: float | int = sys.float_info.max,
 ) -> None:
@@ -118,18 +118,22 @@ def check_number(
       wanted: what would be right, after "it must".
       least: a limit that is within, ...
       above: ... or one that is not.
-      most: a limit that is within; infinite numbers are refused unless it is.
+      most: a limit that is within; infinite numbers are refused unless a limit is.
     """
     if not concrete(value):
         return
-    if isinstance(value, bool | np.bool_) or not _is_number(value):
+    if not _is_one(value, numbers.Real, jnp.integer, jnp.floating):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not (least <= value <= most and (above == -math.inf or value > above)):
+    known = float(value)  # a narrower type would round the limits
+    if not (least <= known <= most and (above == -math.inf or known > above)):
         raise ValueError(f"{name} is {value}; it must {wanted}.")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real | np.number | np.ndarray | jax.Array)
+def _is_one(value: Any, kind: type, *dtypes: Any) -> bool:
+    """Whether something is one number: of such a kind, or an array of one of such dtypes."""
+    if isinstance(value, np.ndarray | jax.Array):
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, dtype) for dtype in dtypes)
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_confidence(name: str, value: Number) -> None:
@@ -141,9 +145,7 @@ def check_whole(name: str, value: Any, least: int) -> None:
     """Refuses what is no whole number, or known to be less than `least`; None is fine."""
     if not concrete(value):
         return
-    array = isinstance(value, np.ndarray | jax.Array)
-    whole = np.issubdtype(value.dtype, np.integer) if array else isinstance(value, numbers.Integral)
-    if not whole or isinstance(value, bool) or value < least:
+    if not _is_one(value, numbers.Integral, jnp.integer) or value < least:
         raise ValueError(f"{name} is {value}; it must be a whole number from {least} on.")
 
 
