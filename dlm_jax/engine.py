@@ -8,7 +8,7 @@ devices of a mesh; a row's answer is the same wherever it is computed.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -21,8 +21,11 @@ from dlm_jax import tokenizer as tokenizer_lib
 from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
+from dlm_jax.decoding import loop
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.loop import Frame, diffusion_generate, diffusion_stream
+from dlm_jax.decoding.loop import diffusion_generate
+from dlm_jax.decoding.start import start
+from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.keys import row_keys
 from dlm_jax.models import Config
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Key, Params
@@ -128,6 +131,8 @@ class Engine:
         self._history = history
         self._progress = progress
         self._programs: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+        self._warm: set[tuple[tuple[int, ...], ...]] = set()
+        """Shapes of prompts and keys for which the steps of a watched batch are compiled."""
 
     @property
     def memory_mib(self) -> float:
@@ -247,8 +252,8 @@ class Engine:
                 "out one of the two."
             )
 
-        def stream() -> Iterator[Frame]:
-            return diffusion_stream(
+        def begin() -> tuple[Setup, DecodeState]:
+            return start(
                 self.checkpoint.params,
                 self.checkpoint.model,
                 ids_BP,
@@ -259,27 +264,30 @@ class Engine:
                 token_freq=self._token_freq,
             )
 
-        start = time.perf_counter()
-        with self._progress("compiling"):
-            next(stream(), None)
-        compile_seconds = time.perf_counter() - start
+        began = time.perf_counter()
+        shapes = (ids_BP.shape, key.shape)
+        if shapes not in self._warm:
+            with self._progress("compiling"):
+                loop.warm(*begin())
+            self._warm.add(shapes)
+        compile_seconds = time.perf_counter() - began
         masks = [self.checkpoint.config.mask_id] * self.decode.gen_length
         ids = [[*row, *masks] if self.decode.infill else masks for row in rows]
         committed_at = [[-1] * len(row) for row in ids]
         frames, positions = [], []
         steps_B = np.zeros(len(rows), int)
         seconds = 0.0
-        start = time.perf_counter()
-        for frame in stream():
+        began = time.perf_counter()
+        for frame in loop.frames(*begin()):
             steps_B = np.asarray(frame.steps)
             canvas = (frame.tokens, frame.committed_at, frame.confidence)
             ids, committed_at, confidence = (self._cut(array, rows) for array in canvas)
             frames.append(ids)
             positions.append(frame.positions_computed)
-            seconds += time.perf_counter() - start
+            seconds += time.perf_counter() - began
             pending = [self._pending(row) for row in ids]
             draw(Snapshot(frame.step, ids, committed_at, confidence, pending))
-            start = time.perf_counter()
+            began = time.perf_counter()
         return self._result(
             ids,
             committed_at,

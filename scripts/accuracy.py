@@ -155,7 +155,7 @@ def measure(
     for trial in trials:
         start = time.perf_counter()
         outcome = solve(opened, rows, trial, seed=args.seed, batch=args.batch)
-        baseline = without.setdefault(trial.decode, outcome.texts)
+        baseline = without.setdefault(trial.decode.strategy.name, outcome.texts)
         same = [text == other for text, other in zip(outcome.texts, baseline, strict=True)]
         correct = round(accuracy(drawn, outcome.texts) * len(drawn))
         table.append(

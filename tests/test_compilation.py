@@ -1,5 +1,6 @@
 """What is compiled only once: prompts share a program, and processes share a folder of them."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,6 +52,31 @@ def test_prompts_of_like_length_share_a_program(compiled):
     assert run(5, 2) >= 1
     assert (run(17, 1), run(4, 30), run(32, 32)) == (0, 0, 0)
     assert (run(33, 1), run(3, 64)) == (1, 0)
+
+
+@pytest.mark.parametrize("name", ["none", "dual", "d2cache"])
+def test_watching_compiles_all_step_shapes_before_the_clock_starts(compiled, name):
+    checkpoint = dlm_jax.load(CHECKPOINTS / "llada-tiny")
+    decode = DecodeConfig.for_model(checkpoint.config, gen_length=16, block_length=8)
+    phases = []
+
+    @contextlib.contextmanager
+    def progress(phase):
+        phases.append(phase)
+        yield
+        del compiled[:]  # what was compiled before the clock starts
+
+    engine = Engine(checkpoint, decode, cache.make(name), progress=progress)
+    rows, snapshots = [[5, 6, 7], [8, 9]], []
+    first = engine.run(rows, jax.random.key(0), snapshots.append)
+    assert phases == ["compiling"] and compiled == []
+    assert len(snapshots) == first.nfe >= 16
+    width = 32 + 16  # the prompts are padded
+    assert (first.positions == width) if name == "none" else (first.positions < width)
+    # Nothing is compiled, or tried out, for prompts that are like these.
+    again = engine.run([[1] * 9, [2] * 4], jax.random.key(1), snapshots.append)
+    assert phases == ["compiling"] and compiled == []
+    assert again.compile_seconds < first.compile_seconds
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import inspect
 import re
 
 import jax
@@ -12,10 +13,11 @@ from places import GOLDEN, ROOT
 from tiny_models import small
 
 from dlm_jax import DecodeConfig, LikelihoodConfig, arithmetic, cache, generate, tokenizer
-from dlm_jax.decoding.checks import RULES, STRATEGIES
 from dlm_jax.decoding.loop import RECORDS, GenerateOutput
 from dlm_jax.decoding.sampler import ALGORITHMS
 from dlm_jax.decoding.schedule import SCHEDULES
+from dlm_jax.decoding.start import start
+from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.estimators import ESTIMATORS
 
 DOCS = ROOT / "docs"
@@ -61,7 +63,7 @@ def test_file_of_frequencies(tmp_path):
     [
         ("Schedules", "`schedule`", SCHEDULES),
         ("Algorithms", "`alg`", ALGORITHMS),
-        ("Rules", "rule", RULES),
+        ("Strategies", "`strategy`", STRATEGIES),
         ("Likelihood", "`estimator`", ESTIMATORS),
         (
             "What is recorded",
@@ -78,12 +80,18 @@ def test_tables_name_everything(title, first, known):
 def test_tables_tell_the_same_as_the_library():
     for cells in table("Algorithms", "`alg`"):
         measure = ALGORITHMS[names(cells)[0]]
-        assert measure.ranks == ("only reported" not in cells[1])
         assert measure.is_probability == ("p(c)" in cells[1])
+        assert measure.negative == ("never above 0" in cells[1])
+    for cells in table("Strategies", "`strategy`"):
+        strategy = STRATEGIES[names(cells)[0]]
+        short = [] if strategy.shorthand is None else [f"{strategy.shorthand}=X"]
+        short += [f'alg="{strategy.name}"'] if strategy.as_alg else []
+        assert names(cells[1:2]) == short
+        for field in dataclasses.fields(strategy):
+            assert f"`{field.name}" in section("Strategies") or field.name == "rule"
     for cells in table("Likelihood", "`estimator`"):
         for name in names(cells[:1]):
             assert ESTIMATORS[name].log_types == tuple(names(cells[2:]))
-    assert re.findall(r"^\*\*`(\w+)`\*\*", section("Strategies"), re.M) == list(STRATEGIES)
     for name in RECORDS:
         assert f"`{name}`" in section("What is recorded")
 
@@ -91,7 +99,7 @@ def test_tables_tell_the_same_as_the_library():
 def test_every_field_is_told():
     said = set(re.findall(r"\w+", " ".join(names(PAGE.prose))))
     for config in (DecodeConfig, LikelihoodConfig):
-        assert {field.name for field in dataclasses.fields(config)} <= said
+        assert set(inspect.signature(config).parameters) <= said
 
 
 def test_every_option_exists_and_those_of_decoding_are_told():
@@ -132,8 +140,8 @@ def test_what_is_refused(cells):
     for name in methods:
         with pytest.raises(ValueError) as caught:
             decode = DecodeConfig(**{"gen_length": 16, **arguments})
-            key, method = jax.random.key(0), cache.make(name)
-            prepare(params, model, prompt_BP, None, key, decode, method, **others)
+            others |= dict(key=jax.random.key(0), decode=decode, cache=cache.make(name))
+            start(params, model, prompt_BP, **others)
         sentence = str(caught.value)
         assert sentence.endswith(".") and "\n" not in sentence
         about = [*arguments, "prompt"] if "prompt" in condition else arguments
@@ -146,6 +154,7 @@ def test_what_is_refused(cells):
         dict(threshold=0.9, steps=16, schedule="capped"),
         dict(strategy="klass", factor=1.0),
         dict(strategy="wino", sigma=3.0),
+        dict(strategy="random", alg="entropy"),
         dict(alg="topk_margin", threshold=0.5, sigma=3.0),
         dict(alg="entropy", gamma=0.1),
         dict(threshold=0.9, cfg_scale=1.0, stop_until_eos=True),

@@ -16,9 +16,9 @@ from dlm_jax import checkpoint, evaluate, generate, models, sharding
 from dlm_jax.cache import METHODS, CacheMethod
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, evaluation, report, tasks
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
-from dlm_jax.likelihood import LikelihoodConfig
 
 PAGE = page("docs/evaluation.md")
 all_commands, section, table = PAGE.commands, PAGE.section, PAGE.table
@@ -54,13 +54,12 @@ def plans(command: str) -> list[tuple[str, Plan]]:
     variant = defaults.variant(args.variant, args.model, None)
     found = []
     for contender in evaluation._contenders(args, None):
-        decode, cache_args, likelihood = arguments.sort_out(contender.cache, contender.settings)
-        LikelihoodConfig.for_model(config, **likelihood)
-        recipe = Recipe(config, variant, contender.cache, cache_args, decode)
+        arguments.estimate(config, contender.settings)
+        recipe = Recipe(config, variant, contender.settings)
         for name in args.tasks:
             task = GROUPS.get(name, name)
             # What the task itself asks for is not known here, so nothing may hang on it.
-            assert {"gen_length"} & decode.keys() or task in (
+            assert "gen_length" in contender.settings.decode or task in (
                 *defaults.GEN_LENGTHS,
                 *defaults.OWN,
                 *("arc_easy", "hellaswag"),
@@ -141,7 +140,7 @@ def test_commands_of_d2cache():
         assert decode.top_p in (None, 0.9)
         if method.name == "prefix":
             assert decode.block_length == 32
-        if method.name == "d2cache" and decode.threshold is None:
+        if method.name == "d2cache" and decode.strategy.name == "surest":
             assert decode.block_length == decode.gen_length
             assert decode.sigma == method.sigma and method.inflate_w == 0
     periods = {
@@ -155,22 +154,23 @@ def test_commands_of_d2cache():
 def test_commands_of_fast_dllm():
     for command, label, (decode, method) in paper("Fast-dLLM"):
         dream = "Dream" in command
-        assert decode.threshold is None or decode.threshold >= 0.5
-        assert decode.parallel or decode.pace == ("timestep" if dream else "fixed")
+        assert report.fields(decode).get("threshold", 1.0) >= 0.5
+        assert decode.strategy.adaptive or decode.pace == ("timestep" if dream else "fixed")
         if method.name != "none" and "block_length=" not in label:
             assert decode.block_length == 32
             assert method.block_start == ("first-column" if dream else "shifted")
         elif dream:
             assert decode.block_length == decode.gen_length
             assert decode.steps in (None, decode.gen_length // 32)
-        assert decode.split()[1].top_p is None
+        assert decode.top_p is None
 
 
 def test_commands_of_dkv_cache():
     for command, _, (decode, method) in paper("dKV-Cache"):
         dream = "Dream" in command
-        assert decode.alg in (("entropy",) if dream else ("random", "maskgit_plus"))
-        assert (decode.alg == "random") >= (method.name == "dkv-greedy")
+        random = decode.strategy.name == "random"
+        assert random or decode.alg == ("entropy" if dream else "maskgit_plus")
+        assert not (random and dream) and random >= (method.name == "dkv-greedy")
         steps = {"dkv-decode": 4 if dream else 8, "dkv-greedy": 2, "dkv-pd": 4}
         if method.name in steps:
             assert method.cache_steps == steps[method.name]
@@ -180,7 +180,7 @@ def test_commands_of_dkv_cache():
 
 def test_commands_of_dllm_cache():
     for command, _, (decode, method) in paper("dLLM-Cache"):
-        assert decode.temperature == (0.2 if "Dream" in command else 0)
+        assert decode.temperature == (0.2 if "Dream" in command else None)
         assert decode.alg == ("entropy" if "Dream" in command else "maskgit_plus")
         assert method.name == "none" or method.rou == 0.25
     assert len(paper("dLLM-Cache")) == 2 * 25
@@ -230,7 +230,7 @@ def test_settings():
     assert rows["gen_length"].endswith(f"or {defaults.GEN_LENGTH}")
     assert rows["block_length"].startswith(f"{defaults.BLOCK_LENGTH} for")
     config = models.PRESETS["llada-8b-instruct"]
-    plan = Recipe(config, "inst", "d2cache", {}, {}).plan("gsm8k", {})
+    plan = Recipe(config, "inst", Settings(cache="d2cache")).plan("gsm8k", {})
     method = dataclasses.asdict(plan[1])
     expected = {name: f"{value:g}" for name, value in method.items()}
     assert dict(pair.split("=") for pair in names(rows["d2cache"])) == expected
@@ -257,5 +257,6 @@ def test_arguments_of_the_model_class_are_told():
     said = set(re.findall(r"\w+", " ".join(names(PAGE.prose))))
     parameters = set(inspect.signature(DiffusionLM).parameters)
     objects = {"checkpoint", "token_freq", "batch_size", "device", "max_batch_size", "settings"}
+    objects |= {"named"}
     assert parameters - objects <= said
     assert set(METHODS) <= set(re.findall(r"[\w-]+", PAGE.text))

@@ -7,15 +7,18 @@ import pytest
 
 import dlm_jax
 from dlm_jax import models
+from dlm_jax.decoding import strategies
 from dlm_jax.eval import arguments
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.likelihood import LikelihoodConfig
+from dlm_jax.models import Config
 
 LLADA = models.llada.PRESETS["llada-8b-instruct"]
 DREAM = models.dream.PRESETS["dream-v0-instruct-7b"]
 
 
 def test_settings_are_sorted_into_decoding_cache_and_likelihood():
-    decode, method, likelihood = arguments.sort_out(
+    found = arguments.sort_out(
         "d2cache",
         dict(
             gen_length=8,
@@ -30,28 +33,73 @@ def test_settings_are_sorted_into_decoding_cache_and_likelihood():
             mc_batch_size=8,
         ),
     )
-    assert decode == dict(gen_length=8, sigma=3.0, cfg_scale=0.5)
-    assert method == dict(sigma=4.0, current_k=16, inflate_w=2)
-    assert likelihood == dict(estimator="ar_ftb", log_type="btf", mc_num=32, batch_size=8)
-    assert arguments.sort_out("none", {}) == ({}, {}, {})
+    assert found == Settings(
+        cache="d2cache",
+        cache_args=dict(sigma=4.0, current_k=16, inflate_w=2),
+        decode=dict(gen_length=8, sigma=3.0, cfg_scale=0.5),
+        likelihood=dict(estimator="ar_ftb", log_type="btf", mc_num=32, batch_size=8),
+    )
+    assert arguments.sort_out("none", {}) == Settings()
+
+
+def test_a_strategy_has_arguments_of_its_own():
+    named = dict(strategy="klass", threshold=0.9, kl_threshold=0.1, kl_history_length=3)
+    klass = strategies.make(named["strategy"], threshold=0.9, kl_threshold=0.1, kl_history_length=3)
+    assert arguments.sort_out("none", named | dict(factor=None)) == Settings(
+        decode=dict(strategy=klass, factor=None)
+    )
+    # Without any, the rule may come from elsewhere.
+    plain = dict(strategy="klass", gen_length=8)
+    assert arguments.sort_out("none", plain) == Settings(decode=plain)
+    with pytest.raises(ValueError, match="There is no setting 'kl_threshold'"):
+        arguments.sort_out("none", dict(kl_threshold=0.1))
+    with pytest.raises(ValueError, match="strategy is 'klas'; it must be one of"):
+        arguments.sort_out("none", dict(strategy="klas"))
+
+
+def test_settings_have_others_below_them():
+    own = Settings(cache="dual", decode=dict(sigma=None, steps=4), likelihood=dict(log_type="btf"))
+    assert own.over(dict(sigma=3.0, top_p=0.9), dict(log_type="ftb", mc_num=4)) == Settings(
+        cache="dual",
+        decode=dict(sigma=None, top_p=0.9, steps=4),
+        likelihood=dict(log_type="btf", mc_num=4),
+    )
+    assert own.over({}, {}) == own
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (dict(cache="kv"), "cache is 'kv'; it must be one of none, "),
+        (dict(cache="dllm", cache_args=dict(kq=3)), "The cache 'dllm' has no argument 'kq'; it"),
+        (dict(cache="dllm", cache_args=dict(kp=0)), "kp is 0; it must be at least 1"),
+    ],
+)
+def test_settings_of_no_cache_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        Settings(**given)
+
+
+def estimate(config: Config, decode: dict, **likelihood) -> LikelihoodConfig:
+    return arguments.estimate(config, Settings(decode=decode, likelihood=likelihood))
 
 
 def test_guidance_holds_for_likelihoods_if_their_estimator_has_it():
-    guided = arguments.estimate(LLADA, dict(cfg_scale=0.5, gen_length=8), dict(mc_num=32))
+    guided = estimate(LLADA, dict(cfg_scale=0.5, gen_length=8), mc_num=32)
     assert guided == LikelihoodConfig(estimator="mc_count", mc_num=32, cfg_scale=0.5)
-    plain = arguments.estimate(DREAM, dict(cfg_scale=0.5), {})
+    plain = estimate(DREAM, dict(cfg_scale=0.5))
     assert plain == LikelihoodConfig(estimator="mc_rate")
-    assert arguments.estimate(DREAM, dict(cfg_scale=0.5), dict(estimator="mc_count")).guided
-    assert arguments.estimate(LLADA, {}, {}) == LikelihoodConfig(estimator="mc_count")
+    assert estimate(DREAM, dict(cfg_scale=0.5), estimator="mc_count").guided
+    assert estimate(LLADA, {}) == LikelihoodConfig(estimator="mc_count")
     with pytest.raises(ValueError, match="estimator is 'mc'; it must be one of"):
-        arguments.estimate(LLADA, {}, dict(estimator="mc"))
+        estimate(LLADA, {}, estimator="mc")
 
 
 def test_no_parameter_of_a_cache_is_out_of_reach():
     for name, method in dlm_jax.cache.METHODS.items():
         for field in dataclasses.fields(method):
-            found = arguments.sort_out(name, {f"cache_{field.name}": 1})
-            assert found == ({}, {field.name: 1}, {})
+            found = arguments.sort_out(name, {f"cache_{field.name}": field.default})
+            assert found == Settings(cache=name, cache_args={field.name: field.default})
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 import dlm_jax
 from dlm_jax import models
-from dlm_jax.cache import D2Cache, DKVGreedy, DLLMCache, NoCache
+from dlm_jax.cache import METHODS, D2Cache, DKVGreedy, DLLMCache, NoCache
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.eval import defaults
+from dlm_jax.eval import defaults, report, tasks
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 
 LLADA = models.llada.PRESETS["llada-8b-instruct"]
@@ -22,75 +24,136 @@ MODELS = {
     "dream-base": (DREAM, "base"),
     "dream-inst": (DREAM, "inst"),
 }
-GEN_LENGTHS = {
-    "gsm8k": 256,
-    "gsm8k_cot": 256,
-    "math-500": 256,
-    "gpqa_main_generative_n_shot": 256,
-    "mmlu_pro": 256,
-    "humaneval": 512,
-    "humaneval_instruct": 512,
-    "mbpp": 512,
-    "mbpp_instruct": 512,
-    "longbench_hotpotqa": 512,
-    "anything_else": 512,
-}
-# (kp, kr) of llada-base, llada-inst, dream-base, dream-inst
-DLLM = {
-    "gsm8k": [(25, 5), (50, 7), (100, 8), (25, 2)],
-    "gsm8k_cot": [(25, 5), (50, 7), (100, 8), (25, 2)],
-    "humaneval": [(50, 5), (25, 5), (5, 1), (50, 1)],
-    "math-500": [(50, 8), (50, 1), (100, 4), (50, 1)],
-    "mbpp": [(25, 4), (100, 5), (25, 8), (10, 8)],
-    "gpqa_main_generative_n_shot": [(100, 8), (50, 6), (100, 8), (10, 8)],
-    "mmlu_pro": [(100, 6), (50, 3), (25, 2), (5, 1)],
-    "humaneval_instruct": [(50, 4)] * 4,
-    "mbpp_instruct": [(50, 4)] * 4,
-    "anything_else": [(50, 4)] * 4,
-}
-CACHES = ["none", "dkv-decode", "dkv-greedy", "dkv-prefill", "dkv-pd", "prefix", "dual", "dllm"]
+LISTED = sorted({*defaults.GEN_LENGTHS, *defaults.PERIODS, *defaults.OWN})
+"""Tasks that have settings of their own."""
 
 
 def plan(cache="none", task="gsm8k", model="llada-inst", wishes=None, *, cache_args=None, **decode):
     """Decoding and cache method of a task, where `decode` and `cache_args` are given."""
     config, variant = MODELS[model]
-    return Recipe(config, variant, cache, cache_args or {}, decode).plan(task, wishes or {})
+    settings = Settings(cache=cache, cache_args=cache_args or {}, decode=decode)
+    return Recipe(config, variant, settings).plan(task, wishes or {})
+
+
+# --- facts of the papers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("task", "length"), [("gsm8k", 256), ("humaneval", 512)])
+def test_lengths_are_those_of_the_d2cache_paper(task, length):
+    for model in MODELS:
+        assert plan(task=task, model=model)[0].gen_length == length
+
+
+@pytest.mark.parametrize(
+    ("model", "cache", "block"),
+    [
+        # Instruction-tuned models fill blocks of 32, base models everything at once.
+        ("llada-inst", "none", 32),
+        ("dream-inst", "dllm", 32),
+        ("llada-base", "none", 512),
+        ("dream-base", "dkv-decode", 512),
+        ("llada-1.5", "none", 512),
+        # Fast-dLLM's caches always have blocks, d2Cache never.
+        ("llada-base", "prefix", 32),
+        ("dream-base", "dual", 32),
+        ("llada-inst", "d2cache", 512),
+    ],
+)
+def test_blocks_are_those_of_the_d2cache_paper(model, cache, block):
+    assert plan(cache, "mbpp", model)[0].block_length == block
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("cache", [*CACHES, "d2cache"])
-def test_lengths_and_blocks_are_those_of_the_framework(cache, model):
-    for task, length in GEN_LENGTHS.items():
-        decode, method = plan(cache, task, model)
-        in_blocks = cache != "d2cache" and (cache in ("prefix", "dual") or model.endswith("inst"))
-        assert (decode.gen_length, decode.block_length) == (length, 32 if in_blocks else length)
-        assert method.name == cache
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_decoding_is_that_of_the_framework(model):
-    for cache in (*CACHES, "d2cache"):
+def test_one_token_per_step_the_most_probable_first(model):
+    for cache in METHODS:
         decode, _ = plan(cache, "gsm8k", model)
-        assert decode.alg == ("random" if cache == "dkv-greedy" else "maskgit_plus")
+        greedy = cache == "dkv-greedy"
         assert (decode.pace, decode.num_transfer_tokens, decode.steps) == ("fixed", 1, None)
-        assert (decode.temperature, decode.top_k) == (0.0, None)
+        assert decode.strategy.name == ("random" if greedy else "surest")
+        assert greedy or decode.alg == "maskgit_plus"
+        assert (decode.temperature, decode.sigma is None) == (None, cache != "d2cache")
         assert decode.top_p == (0.9 if model.startswith("dream") else None)
-        assert decode.sigma == (10.0 if cache == "d2cache" else None)
-        assert not decode.parallel and not decode.guided and decode.strategy is None
 
 
-@pytest.mark.parametrize("task", DLLM)
-def test_refresh_periods_are_those_of_the_framework(task):
-    names = ("llada-base", "llada-inst", "dream-base", "dream-inst")
-    for model, (kp, kr) in zip(names, DLLM[task], strict=True):
-        assert plan("dllm", task, model)[1] == DLLMCache(kp=kp, kr=kr, rou=0.25)
-    assert plan("dllm", task, "llada-1.5")[1] == DLLMCache(kp=50, kr=4, rou=0.25)
+def test_d2cache_has_the_parameters_of_its_paper():
+    decode, method = plan("d2cache", "humaneval", "dream-base")
+    assert decode.sigma == 10.0
+    assert method == D2Cache(rollout_p=0.1, current_k=32, sigma=10.0, inflate_w=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "kp", "kr"),
+    [
+        ("gsm8k", "llada-inst", 50, 7),
+        ("mbpp", "dream-base", 25, 8),
+        ("mmlu_pro", "llada-inst", 50, 3),  # 51 in dLLM-Cache's own script
+        ("bbh", "llada-base", 50, 4),  # what the framework has no pair for
+        ("gsm8k", "llada-1.5", 50, 4),
+    ],
+)
+def test_refresh_periods_are_those_of_the_framework(task, model, kp, kr):
+    assert plan("dllm", task, model)[1] == DLLMCache(kp=kp, kr=kr, rou=0.25)
+
+
+# --- what holds of every entry --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", LISTED)
+def test_a_task_with_settings_exists(task, manager):
+    assert task in manager.all_tasks
+
+
+@pytest.fixture(scope="module")
+def manager() -> TaskManager:
+    return TaskManager(include_path=str(tasks.PATH))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_d2cache_has_the_framework_s_parameters(model):
-    wanted = D2Cache(rollout_p=0.1, current_k=32, sigma=10.0, inflate_w=0)
-    assert plan("d2cache", "humaneval", model)[1] == wanted
+@pytest.mark.parametrize("cache", METHODS)
+def test_every_task_can_be_decoded(cache, model):
+    config, _ = MODELS[model]
+    for task in (*LISTED, "anything_else"):
+        decode, method = plan(cache, task, model)
+        assert method.name == cache
+        method.check(config, decode)
+        assert 0 < decode.gen_length < config.max_length
+        assert decode.gen_length % decode.block_length == 0
+        # Nothing but the cache is what the tables of the papers compare.
+        assert not decode.strategy.adaptive and not decode.guided
+        assert decode.temperature is None and decode.top_k is None
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("cache", METHODS)
+def test_what_a_user_gives_wins_with_every_task(cache, model):
+    given = dict(gen_length=96, block_length=48, top_p=0.5, num_transfer_tokens=2, schedule="fixed")
+    for task in (*LISTED, "anything_else"):
+        decode, _ = plan(cache, task, model, dict(gen_length=128, top_p=0.7), **given)
+        assert {name: getattr(decode, name) for name in given} == given
+        usual = {field.name: field.default for field in dataclasses.fields(METHODS[cache])}
+        assert plan(cache, task, model, cache_args=usual)[1] == METHODS[cache]()
+
+
+@pytest.mark.parametrize("task", sorted(defaults.GEN_LENGTHS))
+def test_a_listed_length_holds_whatever_the_task_wishes(task):
+    wished = [plan(task=task, wishes=dict(gen_length=n))[0].gen_length for n in (96, 1024)]
+    assert wished == [plan(task=task)[0].gen_length] * 2
+    assert plan(task="anything_else", wishes=dict(gen_length=96))[0].gen_length == 96
+
+
+@pytest.mark.parametrize("task", sorted(defaults.PERIODS))
+def test_refresh_periods_differ_by_task_and_are_used_by_one_cache_alone(task):
+    listed = {model for model in MODELS if model != "llada-1.5"}
+    found = {model: plan("dllm", task, model)[1] for model in MODELS}
+    other = plan("dllm", "anything_else")[1]
+    assert found["llada-1.5"] == other
+    assert any(found[model] != other for model in listed)
+    for method in found.values():  # the prompt is what changes least
+        assert 1 <= method.kr <= method.kp
+    assert plan("none", task) == (plan("dllm", task)[0], NoCache())
+
+
+# --- whose word counts ----------------------------------------------------------------------------
 
 
 def test_what_is_given_comes_before_the_tables_and_these_before_the_task():
@@ -110,7 +173,7 @@ def test_what_is_given_comes_before_the_tables_and_these_before_the_task():
     assert (decode.gen_length, decode.block_length) == (96, 32)
     assert plan("none", "some_task", "llada-inst")[0].gen_length == 512
     decode, _ = plan("none", "gsm8k", "llada-inst", wishes, temperature=0.0)
-    assert decode.temperature == 0.0
+    assert decode.temperature is None
     decode, _ = plan("dual", "gsm8k", "llada-base", gen_length=64, block_length=16)
     assert (decode.gen_length, decode.block_length) == (64, 16)
     decode, _ = plan("d2cache", "gsm8k", "llada-inst", block_length=32)
@@ -162,22 +225,23 @@ def test_what_is_given_does_not_clash_with_the_default_schedule(model, given, pa
     family = "even" if model.startswith("llada") else "timestep"
     decode, _ = plan("none", "gsm8k", model, **given)
     assert decode.pace == (pace or family)
+    told = report.fields(decode)
     for name, value in given.items():
-        assert getattr(decode, name) == value
+        assert value in (told.get(name), told["strategy"])
 
 
 def test_wino_needs_no_other_setting():
     decode, method = plan(strategy="wino")
-    assert (decode.strategy, decode.pace, decode.alg) == ("wino", "fixed", "maskgit_plus")
+    assert (decode.strategy.name, decode.pace, decode.alg) == ("wino", "fixed", "maskgit_plus")
     assert method == NoCache()
 
 
 def test_a_cache_that_must_know_the_order_gets_a_random_one_unless_one_is_given():
     decode, method = plan("dkv-greedy")
-    assert (decode.alg, decode.pace, method) == ("random", "fixed", DKVGreedy())
+    assert (decode.strategy.name, decode.pace, method) == ("random", "fixed", DKVGreedy())
     decode, _ = plan("dkv-greedy", alg="random", steps=128)
-    assert (decode.alg, decode.pace, decode.steps) == ("random", "even", 128)
-    with pytest.raises(ValueError, match="alg is 'entropy'.*must know the next tokens"):
+    assert (decode.strategy.name, decode.pace, decode.steps) == ("random", "even", 128)
+    with pytest.raises(ValueError, match="order that depends on confidence.*must know the next"):
         plan("dkv-greedy", alg="entropy")
 
 
@@ -205,7 +269,7 @@ def test_sigma_can_be_switched_off_as_the_help_says():
 
 def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
     config = dataclasses.replace(LLADA, max_length=512)
-    recipe = Recipe(config, "inst", "none", {}, {})
+    recipe = Recipe(config, "inst", Settings())
     assert recipe.plan("gsm8k", {})[0].gen_length == 256
     with pytest.raises(ValueError) as error:
         recipe.plan("humaneval", {})
@@ -213,7 +277,8 @@ def test_a_length_that_leaves_no_room_for_a_prompt_is_refused():
         "gen_length is 512 for humaneval; it must leave room for a prompt in the model's context "
         "of 512 tokens."
     )
-    assert Recipe(config, "inst", "none", {}, dict(gen_length=511)).plan("mbpp", {})
+    longest = Settings(decode=dict(gen_length=511))
+    assert Recipe(config, "inst", longest).plan("mbpp", {})
 
 
 @pytest.mark.parametrize("model", ["llada-inst", "llada-base", "dream-inst"])

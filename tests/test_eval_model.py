@@ -25,6 +25,7 @@ from dlm_jax.cache import D2Cache, Dual, NoCache
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
 from dlm_jax.eval import defaults
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.model import DiffusionLM
 from dlm_jax.eval.responses import Responses
 
@@ -199,7 +200,7 @@ def test_tasks_are_decoded_in_their_own_ways(make, say):
     model, engine = make(batch_size=4), say("3")
     requests = asked("a", "b") + asked("c", do_sample=True, temperature=0.5)
     assert model.generate_until(requests, disable_tqdm=True) == ["3"] * 3
-    assert [decode.temperature for decode, _ in engine.made] == [0.0, 0.5]
+    assert [decode.temperature for decode, _ in engine.made] == [None, 0.5]
     assert [len(batch) for batch in engine.batches] == [4 - 1] * 2
 
 
@@ -314,6 +315,8 @@ def test_samples_of_one_request_differ_and_depend_on_seed_and_turn_alone(make):
             dict(mc_num=10, mc_batch_size=4),
             "mc_num is 10; it must be a multiple of mc_batch_size, 4",
         ),
+        (dict(settings=Settings(), steps=8), "settings is given, which stands for all others"),
+        (dict(settings=Settings(), cache="dual"), "settings is given, which stands for all others"),
         (dict(mesh="data=64"), "takes 64 devices"),
         (dict(mesh="rows=1"), "has the axis 'rows'; it must be one of data, model"),
         (dict(pretrained=CHECKPOINTS / "llada-tiny"), "has no tokenizer; evaluation is about text"),
@@ -333,6 +336,20 @@ def test_what_cannot_work_is_refused_in_one_sentence_before_weights_are_read(
     sentence = str(error.value)
     assert words in sentence and sentence.endswith(".") and "\n" not in sentence
     assert not re.search(r"\. [A-Z]", sentence)
+
+
+def test_settings_may_be_sorted_already(opened):
+    directory, loaded = opened["llada"]
+    sorted_ = Settings(
+        cache="d2cache",
+        cache_args=dict(sigma=4.0),
+        decode=dict(gen_length=8, sigma=3.0),
+        likelihood=dict(mc_num=4, batch_size=2),
+    )
+    given = dict(gen_length=8, sigma=3.0, cache_sigma=4.0, mc_num=4, mc_batch_size=2)
+    one = DiffusionLM(str(directory), checkpoint=loaded, settings=sorted_)
+    other = DiffusionLM(str(directory), checkpoint=loaded, cache="d2cache", **given)
+    assert one._recipe == other._recipe and one._likelihood == other._likelihood
 
 
 def test_a_model_that_is_not_there_is_refused():

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dlm_jax.cache import make
+from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import report
 
 
@@ -329,3 +331,24 @@ def test_a_plot_is_a_picture(tmp_path):
     assert json.dumps(rows) == before
     width, height = (int.from_bytes(data[at : at + 4], "big") for at in (16, 20))
     assert (width, height) == (1140, 1260)  # two tasks, 7.6 x 4.2 inches each, 150 dots per inch
+
+
+# --- the settings of a decoding -------------------------------------------------------------------
+
+
+def test_the_settings_of_a_strategy_stand_beside_its_name():
+    told = report.fields(DecodeConfig(gen_length=8, strategy="klass", threshold=0.9))
+    wanted = dict(strategy="klass", rule="threshold", threshold=0.9, kl_history_length=2)
+    assert wanted.items() <= told.items() and told["gen_length"] == 8
+    assert json.loads(json.dumps(told))["kl_threshold"] == 0.01
+    assert "threshold" not in report.fields(DecodeConfig())
+
+
+def test_a_note_names_the_strategy_and_nothing_that_is_off():
+    plain = DecodeConfig(gen_length=8)
+    rows = [
+        (row(cache.name, cache=cache.name, decode=report.fields(plain.for_cache(cache))), [["a"]])
+        for cache in (make("none"), make("dkv-greedy"))
+    ]
+    note = report.compare(*rows[1], rows)["note"]
+    assert note.startswith("decoded with strategy=random, unlike none: ")

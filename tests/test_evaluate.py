@@ -234,7 +234,7 @@ def test_caches_are_compared_on_the_same_samples(tmp_path, capsys):
     assert none["agreement"] == none["speedup"] == 1.0
     assert greedy["against"] == "none:alg=random" and dual["against"] == "none"
     assert "block_length=8" in dual["note"] and "block_length=8" in out
-    assert random["decode"]["alg"] == greedy["decode"]["alg"] == "random"
+    assert random["decode"]["strategy"] == greedy["decode"]["strategy"] == "random"
     assert dual["positions"] < none["positions"] and none["memory_mib"] > 0
     assert all(row["samples"] == 2 and row["forwards"] == 32 for row in (none, dual, greedy))
     assert (tmp_path / "pareto.png").read_bytes().startswith(b"\x89PNG")

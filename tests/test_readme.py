@@ -38,7 +38,9 @@ def test_the_two_commands_of_the_quick_start():
     first, second = (block.text for block in PAGE.blocks[:2])
     assert first.endswith(".venv/bin/pip install . && .venv/bin/python -m dlm_jax.generate\n")
     assert second.endswith(".venv/bin/pip install -e '.[test]' && .venv/bin/pytest\n")
-    assert "'.[test]'" in (ROOT / ".ci" / "run").read_text()
+    assert "'.[test]'" in (ROOT / ".ci" / "environment.sh").read_text()
+    for script in ("run", "full"):
+        assert '/environment.sh"\n' in (ROOT / ".ci" / script).read_text()
 
 
 def test_the_answer_of_the_quick_start(capsys):

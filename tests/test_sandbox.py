@@ -1,6 +1,8 @@
 """Programs that misbehave: each is stopped, and none that skipped its tests passes."""
 
+import ast
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -117,6 +119,37 @@ def test_files_are_small_and_stay_in_the_directory(tmp_path):
     assert kept.read_text() == "kept" and [*tmp_path.iterdir()] == [kept]
 
 
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "os.truncate({kept!r}, 0)",
+        "os.chmod({kept!r}, 0)",
+        "os.utime({kept!r})",
+        "os.symlink('x', {folder!r} + '/new')",
+        "open('x', 'w').close(); os.link('x', {folder!r} + '/new')",
+        "open('x', 'w').close(); os.rename('x', {folder!r} + '/new')",
+        "os.rmdir({folder!r})",
+        "os.symlink({kept!r}, 'link'); open('link', 'a')",
+        "os.open({kept!r}, os.O_RDWR)",
+        "os.remove('kept', dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "os.mkdir('new', dir_fd=os.open({folder!r}, os.O_RDONLY))",
+    ],
+)
+def test_there_is_no_other_way_to_files_outside(attempt, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    before = kept.stat()
+    attempt = attempt.format(kept=str(kept), folder=str(tmp_path))
+    refused = f"failed: PermissionError: a program may not change {tmp_path}"
+    assert reason(f"import os; {attempt}").startswith(refused)
+    assert kept.read_text() == "kept" and [*tmp_path.iterdir()] == [kept]
+    assert (kept.stat().st_mode, kept.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+
+
+def test_what_a_program_writes_to_nowhere_is_no_change():
+    assert run("import os\nwith open(os.devnull, 'w') as file: file.write('x')") == PASSED
+
+
 def test_a_directory_of_its_own_is_deleted_afterwards(tmp_path, monkeypatch):
     monkeypatch.setattr(sandbox.tempfile, "tempdir", str(tmp_path))
     program = (
@@ -140,6 +173,28 @@ def test_nothing_is_inherited(monkeypatch):
     assert reason(program) == "failed: ModuleNotFoundError: No module named 'dlm_jax'"
     os.close(read)
     os.close(write)
+
+
+def test_the_interpreter_is_isolated_and_knows_no_other_folder():
+    program = f"""
+import sys
+flags = sys.flags
+assert flags.isolated and flags.no_site and flags.dont_write_bytecode and flags.utf8_mode
+assert flags.safe_path and flags.no_user_site and flags.ignore_environment
+assert {str(sandbox.CHILD.parent)!r} not in sys.path and "site" not in sys.modules
+assert not [path for path in sys.path if path.endswith("-packages")]
+"""
+    assert run(program) == PASSED
+
+
+def test_the_child_imports_nothing_but_the_standard_library():
+    found = set()
+    for node in ast.walk(ast.parse(sandbox.CHILD.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    assert found and {name.partition(".")[0] for name in found} <= sys.stdlib_module_names
 
 
 @pytest.mark.parametrize(

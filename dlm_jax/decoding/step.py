@@ -108,14 +108,14 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
         tokens_BL,
         seen.acc,
     )
-    keep = jax.vmap(_keep_unless)
+    if_active = jax.vmap(_if)
     state = _record(setup, state, seen.acc, tokens_BL)._replace(
         rows=rows._replace(tokens_BL=tokens_BL),
         committed_at_BL=committed_at_BL,
         confidence_BL=jnp.where(committed_at_BL < 0, 0.0, told_BL),
         nfe=state.nfe + 1,
-        strategy_memory=keep(rows.active_B, strategy_memory, state.strategy_memory),
-        memory=keep(rows.active_B, memory, state.memory),
+        strategy_memory=if_active(rows.active_B, strategy_memory, state.strategy_memory),
+        memory=if_active(rows.active_B, memory, state.memory),
         cache=seen.cache,
     )
     return progress.advance(setup, state, rows.active_B)
@@ -138,9 +138,10 @@ def _decide(
     ) -> tuple[PyTree, Array, Array]:
         proposal = propose(setup, row, read_L, slot_W, predictions, chance)
         memory, chosen_L = strategy.choose(memory, row, proposal, geo)
+        chosen_L = chosen_L & proposal.candidate_L
         if not strategy.revokes:
             return memory, chosen_L, jnp.zeros_like(chosen_L)
-        return memory, chosen_L, strategy.revoke(row, proposal, chosen_L, geo)
+        return memory, chosen_L, strategy.revoke(row, proposal, chosen_L, geo) & row.committed_L
 
     chances = Chance(setup.key_B, state.rows.step_B, setup.position_BL)
     memory, chosen_BL, revoked_BL = per_row(decide)(
@@ -151,7 +152,7 @@ def _decide(
     return memory, chosen_BL, revoked_BL
 
 
-def _keep_unless(active: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
+def _if(active: Bool[Array, ""], new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda new, old: jnp.where(active, new, old), new, old)
 
 

@@ -32,13 +32,13 @@ class Request(NamedTuple):
     work: Any
 
 
-Answer = Callable[[Any, Sequence[Request]], Sequence[dict[str, Any]]]
+Respond = Callable[[Any, Sequence[Request]], Sequence[dict[str, Any]]]
 """Group and requests to their responses; a response may hold `tokens` and `seconds`."""
 
 
 def complete(
     requests: Sequence[Request],
-    answer: Answer,
+    answer: Respond,
     responses: Responses,
     *,
     batch_size: int,

@@ -14,7 +14,8 @@ from dlm_jax import cache as cache_lib
 from dlm_jax import tokenizer
 from dlm_jax.cache import CacheMethod
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.sampler import ALGORITHMS
+from dlm_jax.decoding.strategies import STRATEGIES
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.models import Config
 
 VARIANTS = ("base", "inst", "1.5")
@@ -89,16 +90,12 @@ class Recipe:
     Attributes:
       config: the model.
       variant: one of `VARIANTS`.
-      cache: name of the cache method.
-      cache_args: parameters of the method that are given.
-      decode: fields of `DecodeConfig` that are given; None takes back what the tables here say.
+      settings: what is given.
     """
 
     config: Config
     variant: str
-    cache: str
-    cache_args: Mapping[str, Any]
-    decode: Mapping[str, Any]
+    settings: Settings
 
     def plan(self, task: str, wishes: Mapping[str, Any]) -> tuple[DecodeConfig, CacheMethod]:
         """Decoding and cache method for a task.
@@ -120,7 +117,8 @@ class Recipe:
             raise ValueError(f"A setting has a value of the wrong type: {reason}.") from error
 
     def _plan(self, task: str, wishes: Mapping[str, Any]) -> tuple[DecodeConfig, CacheMethod]:
-        chosen = _decoding(task, self, wishes) | dict(self.decode)
+        given = self.settings
+        chosen = _decoding(task, self, wishes) | dict(given.decode)
         if chosen.get("sigma") == 0:
             del chosen["sigma"]  # the framework's way to do without
         decode = DecodeConfig.for_model(self.config, **chosen)
@@ -129,15 +127,15 @@ class Recipe:
                 f"gen_length is {decode.gen_length} for {task}; it must leave room for a prompt in "
                 f"the model's context of {self.config.max_length} tokens."
             )
-        method = cache_lib.make(self.cache, **_cache_args(task, self) | dict(self.cache_args))
-        if "alg" not in self.decode:
+        method = cache_lib.make(given.cache, **_cache_args(task, self) | dict(given.cache_args))
+        if "alg" not in given.decode:
             decode = decode.for_cache(method)
         method.check(self.config, decode)
         return decode, method
 
 
 def _decoding(task: str, recipe: Recipe, wishes: Mapping[str, Any]) -> dict[str, Any]:
-    given, cache = recipe.decode, recipe.cache
+    given, cache = recipe.settings.decode, recipe.settings.cache
     if task in OWN:
         fields = dict(wishes) | OWN[task]
         if (given.get("gen_length") or fields["gen_length"]) % fields["block_length"]:
@@ -149,8 +147,8 @@ def _decoding(task: str, recipe: Recipe, wishes: Mapping[str, Any]) -> dict[str,
     fields |= wishes
     if _name(task) in GEN_LENGTHS:
         fields["gen_length"] = GEN_LENGTHS[_name(task)]
-    measure = ALGORITHMS.get(given.get("alg") or "")
-    paced = measure is not None and measure.thinned  # by a schedule of its own
+    order = STRATEGIES.get(given.get("alg") or "")  # where alg is no measure
+    paced = order is not None and "fixed" not in order.schedules  # by a schedule of its own
     if not paced and not {"steps", "schedule", "strategy"} & given.keys():
         fields["schedule"] = "fixed"  # one token per step
     if cache == "d2cache":
@@ -169,9 +167,9 @@ def _name(task: str) -> str:
 def _cache_args(task: str, recipe: Recipe) -> dict[str, Any]:
     if task in OWN:
         return {}
-    if recipe.cache == "d2cache":
+    if recipe.settings.cache == "d2cache":
         return dict(rollout_p=0.1, current_k=32, sigma=10.0, inflate_w=0)
-    if recipe.cache == "dllm":
+    if recipe.settings.cache == "dllm":
         periods = dict(zip(_MODELS, PERIODS.get(_name(task), ()), strict=False))
         kp, kr = periods.get((recipe.config.family, recipe.variant), _OTHER_PERIODS)
         return dict(kp=kp, kr=kr, rou=0.25)

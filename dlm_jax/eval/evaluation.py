@@ -17,17 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import lm_eval
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 import dlm_jax
-from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, files, sharding, tokenizer
 from dlm_jax.cache import CacheMethod
+from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli import choices
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.eval import arguments, defaults, report, tasks
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
 from dlm_jax.eval.report import Row
@@ -40,20 +42,18 @@ LONGEST_NAME = 200
 
 
 class Contender(NamedTuple):
-    """A cache method that is compared with others, and its settings.
+    """A cache method that is compared with others.
 
     Attributes:
       label: how it is called: what the user wrote.
-      cache: name of the method.
-      settings: parameters of the method and fields of `DecodeConfig`, by name.
+      settings: all that the user decides about it.
     """
 
     label: str
-    cache: str
-    settings: dict[str, Any]
+    settings: Settings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Tasks and contenders that fit the model, ready for the long work.
 
@@ -61,10 +61,14 @@ class Evaluation:
       args: the options.
       manager: finds tasks.
       tasks: name that was asked for -> the tasks in it, of which a group has several.
-      contenders: what is compared; the settings are complete.
+      contenders: what is compared.
       plans: how a contender decodes a task that asks it to generate.
-      arguments: what `DiffusionLM` is given for every contender.
+      checkpoint: the model, on `mesh`.
+      mesh: local devices.
+      variant: of the model, see `defaults`.
       chat: whether prompts are put as a conversation.
+      token_freq: see `diffusion_generate`.
+      responses: keeps what the model says.
     """
 
     args: argparse.Namespace
@@ -72,8 +76,12 @@ class Evaluation:
     tasks: dict[str, dict[str, Task]]
     contenders: list[Contender]
     plans: dict[tuple[str, str], tuple[DecodeConfig, CacheMethod]]
-    arguments: dict[str, Any]
+    checkpoint: Checkpoint
+    mesh: Mesh
+    variant: str
     chat: bool
+    token_freq: np.ndarray | None
+    responses: Responses
 
     @classmethod
     def prepare(cls, args: argparse.Namespace) -> "Evaluation":
@@ -96,9 +104,8 @@ class Evaluation:
         contenders = _contenders(args, tok)
         token_freq, plans = None, {}
         for contender in contenders:
-            decode, cache_args, likelihood = arguments.sort_out(contender.cache, contender.settings)
-            arguments.estimate(config, decode, likelihood)
-            recipe = Recipe(config, variant, contender.cache, cache_args, decode)
+            arguments.estimate(config, contender.settings)
+            recipe = Recipe(config, variant, contender.settings)
             for task in _leaves(found):
                 if task.OUTPUT_TYPE == "generate_until":
                     wishes = arguments.wishes(task.config.generation_kwargs or {})
@@ -112,25 +119,25 @@ class Evaluation:
         opened = checkpoint_lib.load(
             directory, dtype=args.dtype, shardings=sharding.param_shardings(config, mesh)
         )
-        given = dict(
-            pretrained=args.model,
+        return cls(
+            args=args,
+            manager=manager,
+            tasks=found,
+            contenders=contenders,
+            plans=plans,
             checkpoint=opened,
-            batch_size=args.batch_size,
-            variant=variant,
             mesh=mesh,
-            add_bos=args.add_bos,
-            seed=args.seed,
-            responses=responses,
-            check_greedy=args.check_greedy,
+            variant=variant,
+            chat=chat,
             token_freq=token_freq,
+            responses=responses,
         )
-        return cls(args, manager, found, contenders, plans, given, chat)
 
     def run(self) -> None:
         """Evaluates all and tells of it: one process of a cluster does, with all their results."""
         measured: list[tuple[Row, list[Any]]] = []
         for contender in self.contenders:
-            model = DiffusionLM(cache=contender.cache, **contender.settings, **self.arguments)
+            model = self._model(contender.settings)
             for name, leaves in self.tasks.items():
                 if distributed.index() == 0:
                     print(f"{name}, {contender.label} ...", file=sys.stderr, flush=True)
@@ -141,8 +148,24 @@ class Evaluation:
             print(report.markdown(rows))
             if self.args.output is not None:
                 self._write(rows)
-        self.arguments["responses"].close()
+        self.responses.close()
         distributed.barrier("end")
+
+    def _model(self, settings: Settings) -> DiffusionLM:
+        args = self.args
+        return DiffusionLM(
+            args.model,
+            batch_size=args.batch_size,
+            variant=self.variant,
+            mesh=self.mesh,
+            add_bos=args.add_bos,
+            seed=args.seed,
+            responses=self.responses,
+            check_greedy=args.check_greedy,
+            checkpoint=self.checkpoint,
+            token_freq=self.token_freq,
+            settings=settings,
+        )
 
     def _evaluate(self, model: DiffusionLM, name: str) -> Mapping[str, Any]:
         """One task or group, answered by all processes and scored by one of them."""
@@ -210,13 +233,13 @@ class Evaluation:
         row = dict(
             task=name,
             contender=contender.label,
-            cache=contender.cache,
+            cache=contender.settings.cache,
             scores=report.scores(results),
             **report.measures([s for leaf in leaves for s in model.measured.get(leaf, [])]),
         )
         if (contender.label, leaves[0]) in self.plans:
             decode, method = self.plans[contender.label, leaves[0]]
-            row |= dict(decode=dataclasses.asdict(decode), parameters=dataclasses.asdict(method))
+            row |= dict(decode=report.fields(decode), parameters=dataclasses.asdict(method))
         return row
 
     def _keep(self, name: str, samples: list[Any]) -> None:
@@ -233,7 +256,7 @@ class Evaluation:
         """Writes results.json and pareto.png."""
         device = jax.devices()[0]
         args = {name: value for name, value in vars(self.args).items() if value is not None}
-        params = jax.tree.leaves(self.arguments["checkpoint"].params)
+        params = jax.tree.leaves(self.checkpoint.params)
         machine = dict(
             device=device.device_kind,
             devices=jax.local_device_count(),
@@ -245,7 +268,7 @@ class Evaluation:
             dlm_jax=dlm_jax.__version__,
         )
         model = dict(
-            variant=self.arguments["variant"],
+            variant=self.variant,
             weights=fingerprint(checkpoint_lib.find(self.args.model)),
             chat=self.chat,
         )
@@ -310,13 +333,19 @@ def _leaves(found: Mapping[str, Mapping[str, Task]]) -> list[Task]:
 
 
 def _contenders(args: argparse.Namespace, tok: Any) -> list[Contender]:
-    """What is compared, each with the settings of the options as far as it has none of its own."""
-    given = choices.overrides(args, tok)
-    for name in ("gen_length", "estimator", "log_type", "mc_num", "mc_batch_size"):
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
+    """What is compared, each with what the options say where it says nothing itself."""
+    decode = choices.overrides(args, tok)
+    if args.gen_length is not None:
+        decode["gen_length"] = args.gen_length
+    likelihood = dict(
+        estimator=args.estimator,
+        log_type=args.log_type,
+        mc_num=args.mc_num,
+        batch_size=args.mc_batch_size,
+    )
+    likelihood = {name: value for name, value in likelihood.items() if value is not None}
     if args.compare is None:
-        cache_lib.make(args.cache, **args.cache_args)  # refuses names that are no parameters
-        own = {f"cache_{name}": value for name, value in args.cache_args.items()}
-        return [Contender(args.cache, args.cache, given | own)]
-    return [Contender(label, name, given | own) for label, name, own in args.compare]
+        asked = [(args.cache, Settings(cache=args.cache, cache_args=args.cache_args))]
+    else:
+        asked = [(label, arguments.sort_out(name, own)) for label, name, own in args.compare]
+    return [Contender(label, own.over(decode, likelihood)) for label, own in asked]

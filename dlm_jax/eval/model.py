@@ -19,11 +19,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 import dlm_jax
-from dlm_jax import cache as cache_lib
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, sharding, tokenizer
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.eval import arguments, defaults
+from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.batches import Request, complete
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.responses import Responses, digest, fingerprint
@@ -61,7 +61,8 @@ class DiffusionLM(TemplateLM):
         token_freq: np.ndarray | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
-        **settings: Any,
+        settings: Settings | None = None,
+        **named: Any,
     ) -> None:
         """Opens the model; nothing is compiled yet.
 
@@ -82,9 +83,11 @@ class DiffusionLM(TemplateLM):
           token_freq: see `diffusion_generate`.
           device: must be None.
           max_batch_size: must be None.
-          settings: fields of `DecodeConfig`, parameters of the cache method, and `estimator`,
-            `log_type`, `mc_num` and `mc_batch_size` of likelihoods, which `arguments.sort_out`
-            tells apart. What is not given is as in `defaults`.
+          settings: what is given of cache, decoding and likelihoods, sorted; stands for `cache` and
+            `named`.
+          named: the same as lm-eval hands it over: arguments of `DecodeConfig`, parameters of the
+            cache method, and `estimator`, `log_type`, `mc_num` and `mc_batch_size` of likelihoods,
+            which `arguments.sort_out` tells apart. What is not given is as in `defaults`.
 
         Raises:
           ValueError, OSError: what is wrong, in one sentence.
@@ -95,7 +98,10 @@ class DiffusionLM(TemplateLM):
                 "device and max_batch_size are not for this model: JAX chooses the devices, and "
                 "batch_size says how many samples make a batch."
             )
-        cache = "none" if cache is None else cache
+        if settings is None:
+            settings = arguments.sort_out("none" if cache is None else cache, named)
+        elif named or cache not in (None, "none"):
+            raise ValueError("settings is given, which stands for all others; leave them out.")
         add_bos, check_greedy = (
             arguments.yes_or_no(name, value)
             for name, value in (("add_bos", add_bos), ("check_greedy", check_greedy))
@@ -113,10 +119,8 @@ class DiffusionLM(TemplateLM):
         self._rows = arguments.whole("batch_size", batch_size) * mesh.shape[sharding.DATA]
         self._add_bos = add_bos
         self._check_greedy = check_greedy
-        decode, cache_args, likelihood = arguments.sort_out(cache, settings)
-        cache_lib.make(cache, **cache_args)  # refuses what cannot be, before the weights are read
-        self._recipe = Recipe(config, variant, cache, cache_args, decode)
-        self._likelihood = arguments.estimate(config, decode, likelihood)
+        self._recipe = Recipe(config, variant, settings)
+        self._likelihood = arguments.estimate(config, settings)
         if not isinstance(responses, Responses):
             folder = None if responses is None else Path(responses)
             responses = Responses(folder, process=distributed.index())
@@ -219,8 +223,8 @@ class DiffusionLM(TemplateLM):
 
     def _prompt(self, instance: Instance) -> tuple[Any, Prompt, list[str]]:
         """How a request is decoded, what is asked, and what of the request is not heeded."""
-        given: Any = instance.args
-        context, gen_kwargs = given
+        request: Any = instance.args
+        context, gen_kwargs = request
         wishes = arguments.wishes(gen_kwargs)
         group = self._recipe.plan(instance.task_name or "", wishes)
         ids = self.tok_encode(context) or [self.prefix_token_id]
@@ -229,7 +233,8 @@ class DiffusionLM(TemplateLM):
         notes = []
         if len(ids) > room:
             notes.append("their beginnings are cut off to fit")
-        if "gen_length" not in self._recipe.decode and wishes.get("gen_length", length) != length:
+        given = self._recipe.settings.decode
+        if "gen_length" not in given and wishes.get("gen_length", length) != length:
             wished = wishes["gen_length"]
             notes.append(
                 f"{length} tokens are generated, not {wished}; give the model gen_length={wished}"

@@ -16,17 +16,21 @@ A row is a JSON-able dict:
     memory_mib                 memory that the largest compiled program needs on a device
     compile_seconds            seconds of compiling, which are in no other figure
     setups                     on what and in which batches; several if responses were kept
-    decode, parameters         fields of the `DecodeConfig` and of the cache method
+    decode, parameters         settings of the decoding (`fields`) and of the cache method
     against, speedup,          the contender it is compared with, tokens_per_second of one by the
       agreement, note          other, share of equal texts, and what the table should say of that
 """
 
+import dataclasses
 import itertools
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.strategies import Strategy
 
 Row = dict[str, Any]
 
@@ -113,8 +117,10 @@ def compare(row: Row, responses: Sequence[Any], all_rows: Sequence[tuple[Row, li
         agreement=sum(same) / len(same),
     )
     if not alike:
-        fields = [name for name in row["decode"] if row["decode"][name] != none["decode"][name]]
-        settings = ", ".join(f"{name}={row['decode'][name]}" for name in fields)
+        own, other = row["decode"], none["decode"]
+        # What is off may be None, 0 or False, or something that only another strategy has.
+        differ = [name for name in own if (own[name] or None) != (other.get(name) or None)]
+        settings = ", ".join(f"{name}={own[name]}" for name in differ)
         compared["note"] = (
             f"decoded with {settings}, unlike {none['contender']}: its speed-up and agreement are "
             "not the cache's alone"
@@ -122,6 +128,18 @@ def compare(row: Row, responses: Sequence[Any], all_rows: Sequence[tuple[Row, li
     elif none is not references[0][0] and none is not row:
         compared["note"] = f"compared with {none['contender']}, which is decoded in the same way"
     return row | compared
+
+
+def fields(decode: DecodeConfig | Strategy) -> dict[str, Any]:
+    """Name -> value of all settings; those of a strategy stand beside its name."""
+    told = {}
+    for field in dataclasses.fields(decode):
+        value = getattr(decode, field.name)
+        if isinstance(value, Strategy):
+            told |= {field.name: value.name} | fields(value)
+        else:
+            told[field.name] = value
+    return told
 
 
 def _ratio(one: float | None, other: float | None) -> float | None:

@@ -24,98 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-TOO_MUCH_MEMORY = "too much memory"
+from dlm_jax.eval import sandbox_child
+from dlm_jax.eval.sandbox_child import FILE, TOO_MUCH_MEMORY
+
 TIMED_OUT = "timed out"
-FILE = "program.py"
-
-# What runs in the new process. It must set the limits itself: code between fork and exec would not
-# be safe in a process with threads. The number of processes is limited by the audit hook, since
-# RLIMIT_NPROC counts all processes and threads of a user, and none of root's.
-INSIDE = """
-import os
-import resource
-import sys
-import types
-
-FORBIDDEN = {
-    "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn",
-    "os.system", "pty.spawn", "subprocess.Popen",
-    "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyaddr",
-    "socket.gethostbyname", "socket.sendmsg", "socket.sendto",
-}
-# Event -> where among its arguments are the paths that it changes, and the folders they lie in.
-CHANGES = {
-    "os.chmod": ((0, 2),), "os.chown": ((0, 3),), "os.link": ((1, 3),), "os.mkdir": ((0, 2),),
-    "os.remove": ((0, 1),), "os.rename": ((0, 2), (1, 3)), "os.rmdir": ((0, 1),),
-    "os.symlink": ((1, 2),), "os.truncate": ((0, None),), "os.utime": ((0, 3),),
-    "shutil.rmtree": ((0, 1),),
-}
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-
-
-def make_hook(home, realpath=os.path.realpath, join=os.path.join, fsdecode=os.fsdecode):
-    def refuse_outside(path, folder=None):
-        if isinstance(path, int):
-            return
-        if folder not in (None, -1):
-            path = join(f"/proc/self/fd/{folder}", fsdecode(path))
-        real = realpath(fsdecode(path))
-        if real != "/dev/null" and not (real + "/").startswith(home + "/"):
-            raise PermissionError(f"a program may not change {real}")
-
-    def hook(event, arguments):
-        if event in FORBIDDEN:
-            raise PermissionError(f"a program may not use {event}")
-        if event == "open" and arguments[2] & WRITING:
-            refuse_outside(arguments[0])
-        for path, folder in CHANGES.get(event, ()):
-            refuse_outside(arguments[path], None if folder is None else arguments[folder])
-
-    return hook
-
-
-def limit(what, value):
-    hard = resource.getrlimit(what)[1]
-    value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(what, (value, value))
-
-
-def describe(error):
-    try:
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    except BaseException:
-        text = type(error).__name__
-    return f"failed: {text[:300]}".encode("utf-8", "replace")
-
-
-def main(read=os.read, write=os.write, leave=os._exit):
-    channel, seconds, memory = map(int, sys.argv[1:])
-    limit(resource.RLIMIT_CORE, 0)
-    limit(resource.RLIMIT_CPU, seconds)
-    limit(resource.RLIMIT_AS, memory)
-    limit(resource.RLIMIT_FSIZE, 2**24)
-    limit(resource.RLIMIT_NOFILE, 64)
-    with open("program.py", encoding="utf-8") as file:
-        source = file.read()
-    os.remove("program.py")
-    os.environ.clear()
-    sys.argv[:] = ["program.py"]
-    module = sys.modules["program"] = types.ModuleType("program")
-    sys.addaudithook(make_hook(os.getcwd()))
-    try:
-        exec(compile(source, "program.py", "exec"), module.__dict__)
-        verdict = read(channel, 64)  # the token: no earlier, so that it is in no variable
-    except MemoryError:
-        module.__dict__.clear()
-        verdict = b"too much memory"
-    except BaseException as error:
-        verdict = describe(error)
-    write(channel, verdict)
-    leave(0)
-
-
-main()
-"""
+CHILD = Path(sandbox_child.__file__).absolute()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +122,7 @@ def _directory() -> tempfile.TemporaryDirectory:
 
 def _start(home: str, channel: int, cpu_seconds: int, memory: int) -> subprocess.Popen:
     # Isolated, without site-packages, writing no bytecode.
-    interpreter = [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", INSIDE]
+    interpreter = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
     return subprocess.Popen(
         [*interpreter, str(channel), str(cpu_seconds), str(memory)],
         cwd=home,
