@@ -102,7 +102,7 @@ def test_two_query_subsets_through_the_cache_give_the_recorded_logits(name, pref
     slots = lay_out(model.config, valid_BL)
 
     def compute(mask_BL, cache):
-        query = queries.pack(mask_BL & valid_BL, slots, tokens_BL.shape[1])
+        query = queries.pack(mask_BL & valid_BL, slots, valid_BL, tokens_BL.shape[1])
         tokens_BQ = queries.gather(tokens_BL, query.index_BQ)
         hidden, cache, _ = model.apply(
             {"params": params}, tokens_BQ, query, cache, (), layers, method="walk"
