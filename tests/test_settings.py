@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as rounds
 from hypothesis import strategies as st
+from tiny_models import prompts, small
 
 from dlm_jax.decoding import settings
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.loop import diffusion_generate
 from dlm_jax.decoding.strategies import STRATEGIES, Factor, Klass, Random, Strategy, Threshold, Wino
 
 NUMBERS = (0.5, 0.75)
@@ -297,3 +299,58 @@ def test_strategies_look_at_the_kind_of_what_shapes_them(given, name, value, wan
     object.__setattr__(changed, name, value)
     with pytest.raises(ValueError, match=f"^{name} is '?{value}'?; it must be {wanted}"):
         changed.__post_init__()
+
+
+# --- programs -------------------------------------------------------------------------------------
+
+ON = {"token_freq": np.random.default_rng(0).dirichlet(np.ones(40))}
+EVERYTHING = DecodeConfig(
+    gen_length=4,
+    **{
+        field.name: values_of(field)[0]
+        for field in leaves_of(DecodeConfig)
+        if field.metadata[settings._DTYPE] is not None
+    },
+)
+"""Every number of a configuration is on."""
+PROGRAMS = [EVERYTHING]
+PROGRAMS += [
+    DecodeConfig(gen_length=4, strategy=example(kind))
+    for kind in STRATEGIES.values()
+    if jax.tree.leaves(example(kind))
+]
+
+
+@pytest.mark.parametrize("decode", PROGRAMS, ids=lambda decode: decode.strategy.name)
+def test_another_value_of_any_leaf_compiles_nothing(decode, caplog):
+    model, params = small("llada")
+    prompt, key = prompts(1, 4), jax.random.key(0)
+    freq = ON if decode is EVERYTHING else {}
+
+    def run(decode: DecodeConfig) -> None:
+        diffusion_generate(params, model, prompt, key=key, decode=decode, **freq)
+
+    run(decode)
+    leaves, structure = jax.tree.flatten(decode)
+    assert len(leaves) >= len(leaves_of(DecodeConfig)) - 1 if decode is EVERYTHING else leaves
+    for i, leaf in enumerate(leaves):
+        other = leaf + 1 if isinstance(leaf, int) else 0.9 * leaf
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            run(jax.tree.unflatten(structure, [*leaves[:i], other, *leaves[i + 1 :]]))
+        assert not [text for text in caplog.messages if "Finished XLA compilation" in text], i
+
+
+def test_the_programs_cover_every_leaf():
+    told = {
+        jax.tree_util.keystr(path[-1:]).lstrip(".")
+        for decode in PROGRAMS
+        for path, _ in jax.tree_util.tree_leaves_with_path(decode)
+    }
+    kinds = (DecodeConfig, *STRATEGIES.values())
+    numbers = {
+        field.name
+        for kind in kinds
+        for field in leaves_of(kind)
+        if field.metadata[settings._DTYPE] is not None
+    }
+    assert told == numbers

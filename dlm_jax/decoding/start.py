@@ -75,63 +75,19 @@ def prepare(
       ValueError: one sentence.
     """
     config = model.config
-    given_BP = prompt_BP  # sharded, perhaps; what is checked is a copy
-    if not isinstance(prompt_BP, Tracer):
-        prompt_BP = np.asarray(prompt_BP)
-    if jnp.ndim(prompt_BP) != 2:
-        raise ValueError(
-            f"The prompt has shape {jnp.shape(prompt_BP)}; it must be [batch, prompt length]."
-        )
-    if prompt_mask_BP is None:
-        prompt_mask_BP = np.ones(jnp.shape(prompt_BP), bool)
-    if jnp.shape(prompt_mask_BP) != jnp.shape(prompt_BP):
-        raise ValueError(
-            f"The prompt mask has shape {jnp.shape(prompt_mask_BP)}; it must be that of the "
-            f"prompt, {jnp.shape(prompt_BP)}."
-        )
-    batch, prompt = jnp.shape(prompt_BP)
-    if batch < 1:
-        raise ValueError("The prompt has no rows; at least one is needed.")
-    if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
-        raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
+    mask_BP = _check_prompt(prompt_BP, prompt_mask_BP, config, decode)
     if not isinstance(cache, CacheMethod):
         raise ValueError(f"cache is {cache!r}; make one with dlm_jax.cache.make(name, ...).")
     cache.check(config, decode)
+    batch, prompt = jnp.shape(prompt_BP)
     geo = decode.geometry(prompt=prompt, shift=config.shift)
-    _check_draws(draws, (batch, geo.length), decode)
-    if token_freq is not None and not decode.debiasable:
-        raise ValueError(
-            "token_freq debiases probabilities that rank positions, which "
-            f"{decode.strategy.spelling} with alg {decode.alg!r} does not go by; take alg "
-            "'low_confidence' or 'maskgit_plus'."
-        )
-    if token_freq is not None and jnp.shape(token_freq) != (config.vocab_size,):
-        raise ValueError(
-            f"token_freq has shape {jnp.shape(token_freq)}; it must hold a number for each of the "
-            f"{config.vocab_size} tokens."
-        )
-    if token_freq is not None and not isinstance(token_freq, Tracer):
-        share_V = np.asarray(token_freq)
-        if not ((share_V >= 0) & (share_V <= 1)).all():
-            raise ValueError("token_freq holds numbers outside [0, 1]; it must hold shares.")
     config.check_length(prompt, geo.gen)
-    if not isinstance(prompt_BP, Tracer):
-        if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
-            raise ValueError(
-                f"The prompt holds token ids from {prompt_BP.min()} to {prompt_BP.max()}; they "
-                f"must lie in 0 to {config.vocab_size - 1}."
-            )
-        if not decode.infill and (prompt_BP == config.mask_id).any():
-            raise ValueError("The prompt holds mask tokens; set infill=True to have them filled.")
-    if not isinstance(prompt_mask_BP, Tracer):
-        prompt_mask_BP = np.asarray(prompt_mask_BP, bool)
-        if (prompt_mask_BP[:, :-1] & ~prompt_mask_BP[:, 1:]).any():
-            raise ValueError(
-                "The prompt mask has padding behind tokens; prompts must be padded left."
-            )
+    _check_draws(draws, (batch, geo.length), decode)
+    if token_freq is not None:
+        _check_token_freq(token_freq, config, decode)
     slots, tokens_BL = _canvas(
-        jnp.asarray(given_BP, jnp.int32),
-        jnp.asarray(prompt_mask_BP, bool),
+        jnp.asarray(prompt_BP, jnp.int32),
+        jnp.asarray(mask_BP, bool),
         gen=geo.gen,
         config=config,
     )
@@ -171,6 +127,66 @@ def _draw_order(setup: Setup) -> Array:
 
 _row_keys = jax.jit(row_keys, static_argnums=1)
 _jit_begin = jax.jit(begin, static_argnames="record")
+
+
+def _check_prompt(
+    prompt_BP: ArrayOrNumpy,
+    mask_BP: ArrayOrNumpy | None,
+    config: Config,
+    decode: DecodeConfig,
+) -> ArrayOrNumpy:
+    """Refuses token ids that are none, or padding in the wrong place; returns the mask."""
+    if not isinstance(prompt_BP, Tracer):
+        prompt_BP = np.asarray(prompt_BP)  # sharded, perhaps; what is checked is a copy
+    if jnp.ndim(prompt_BP) != 2:
+        raise ValueError(
+            f"The prompt has shape {jnp.shape(prompt_BP)}; it must be [batch, prompt length]."
+        )
+    if mask_BP is None:
+        mask_BP = np.ones(jnp.shape(prompt_BP), bool)
+    if jnp.shape(mask_BP) != jnp.shape(prompt_BP):
+        raise ValueError(
+            f"The prompt mask has shape {jnp.shape(mask_BP)}; it must be that of the prompt, "
+            f"{jnp.shape(prompt_BP)}."
+        )
+    if len(prompt_BP) < 1:
+        raise ValueError("The prompt has no rows; at least one is needed.")
+    if not jnp.issubdtype(prompt_BP.dtype, jnp.integer):
+        raise ValueError(f"The prompt has dtype {prompt_BP.dtype}; token ids must be integers.")
+    if not isinstance(prompt_BP, Tracer) and prompt_BP.size:
+        if prompt_BP.min() < 0 or prompt_BP.max() >= config.vocab_size:
+            raise ValueError(
+                f"The prompt holds token ids from {prompt_BP.min()} to {prompt_BP.max()}; they "
+                f"must lie in 0 to {config.vocab_size - 1}."
+            )
+        if not decode.infill and (prompt_BP == config.mask_id).any():
+            raise ValueError("The prompt holds mask tokens; set infill=True to have them filled.")
+    if not isinstance(mask_BP, Tracer):
+        mask_BP = np.asarray(mask_BP, bool)
+        if (mask_BP[:, :-1] & ~mask_BP[:, 1:]).any():
+            raise ValueError(
+                "The prompt mask has padding behind tokens; prompts must be padded left."
+            )
+    return mask_BP
+
+
+def _check_token_freq(token_freq: ArrayOrNumpy, config: Config, decode: DecodeConfig) -> None:
+    """Refuses frequencies that the decoding has no use for, or that are none."""
+    if not decode.debiasable:
+        raise ValueError(
+            "token_freq debiases probabilities that rank positions, which "
+            f"{decode.strategy.spelling} with alg {decode.alg!r} does not go by; take alg "
+            "'low_confidence' or 'maskgit_plus'."
+        )
+    if jnp.shape(token_freq) != (config.vocab_size,):
+        raise ValueError(
+            f"token_freq has shape {jnp.shape(token_freq)}; it must hold a number for each of the "
+            f"{config.vocab_size} tokens."
+        )
+    if not isinstance(token_freq, Tracer):
+        share_V = np.asarray(token_freq)
+        if not ((share_V >= 0) & (share_V <= 1)).all():
+            raise ValueError("token_freq holds numbers outside [0, 1]; it must hold shares.")
 
 
 def _check_draws(draws: Draws, row: tuple[int, int], decode: DecodeConfig) -> None:
