@@ -1,14 +1,17 @@
 """KLASS: how far predictions moved, and which of them have become stable."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from reference_rules import number
-from tiny_models import small_config
+from tiny_models import small, small_config
 
-from dlm_jax.decoding import step
+from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.start import start
+from dlm_jax.decoding.step import step
 from dlm_jax.decoding.strategies import Threshold, klass
 from dlm_jax.geometry import Geometry
 
@@ -32,25 +35,21 @@ class TestKlass:
 
     def test_divergences_are_those_of_the_definition(self):
         steps = [
-            ([[2, 4, 5], [3, 6, 6]], [True, True]),
-            ([[2, 3, 6], [3, 4, 6]], [True, True]),
-            ([[2, 4, 5], [2, 3, 4]], [True, False]),
-            ([[5, 4, 6], [2, 3, 4]], [True, True]),
+            [[2, 4, 5], [3, 6, 6]],
+            [[2, 3, 6], [3, 4, 6]],
+            [[2, 4, 5], [2, 3, 4]],
+            [[5, 4, 6], [2, 3, 4]],
         ]
         known = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), self.begin(self.HISTORY))
         follow = jax.vmap(functools.partial(klass.followed, length=self.LENGTH))
         before = np.zeros((2, self.SLOTS, self.VOCAB))
         history = [[[0.0] * self.HISTORY for _ in range(self.SLOTS)] for _ in range(2)]
-        for seed, (slots, active) in enumerate(steps):
+        for seed, slots in enumerate(steps):
             p = self.predictions(seed)
             with np.errstate(divide="ignore"):
                 log_p = jnp.asarray(np.log(p), jnp.float32)
-            # The step keeps what is known of rows that are not active.
-            moved = follow(known, log_p, jnp.asarray(slots, jnp.int32))
-            known = jax.vmap(step._keep_unless)(jnp.asarray(active), moved, known)
+            known = follow(known, log_p, jnp.asarray(slots, jnp.int32))
             for b in range(2):
-                if not active[b]:
-                    continue
                 now = np.full((self.SLOTS, self.VOCAB), 1 / self.VOCAB)
                 for w, slot in enumerate(slots[b]):
                     if slot < self.LENGTH:
@@ -81,3 +80,20 @@ class TestKlass:
     def test_steps_that_never_were_count_as_stable(self):
         assert klass.stable(self.begin(3), number(0.01), self.SLOTS).all()
         assert self.stable(self.begin(3), 0.01) == [2, 3, 4, 5]
+
+    def test_what_is_known_of_a_row_that_is_done_stays(self):
+        model, params = small("llada")
+        mask = model.config.mask_id
+        prompt_BP = np.int32([[5, mask, 7, mask, mask], [5, mask, 7, 8, 9]])
+        decode = DecodeConfig(gen_length=0, infill=True, strategy=klass.Klass(Threshold(1.01)))
+        setup, state = start(params, model, prompt_BP, key=jax.random.key(0), decode=decode)
+        (shape,) = setup.method.step_shapes(setup.geo)
+        seen = []
+        for _ in range(3):
+            state = jax.jit(step, static_argnums=2)(setup, state, shape)
+            seen.append(state.strategy_memory)
+        assert state.rows.step_B.tolist() == [3, 1]
+        for before, after in itertools.pairwise(seen):
+            for old, new in zip(before, after, strict=True):
+                assert (old[0] != new[0]).any()
+                np.testing.assert_array_equal(old[1], new[1])
