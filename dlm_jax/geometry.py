@@ -2,6 +2,10 @@
 
 import dataclasses
 
+import jax.numpy as jnp
+
+from dlm_jax.typing import Array, Bool, Int
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -57,6 +61,11 @@ class Geometry:
     @property
     def num_blocks(self) -> int:
         return self.gen // self.block if self.gen else 1
+
+    def in_block(self, block: Int[Array, ""]) -> Bool[Array, " L"]:
+        """The generated slots of a block."""
+        start, slot_L = self.prompt + block * self.block, jnp.arange(self.length)
+        return (slot_L >= start) & (slot_L < start + self.block)
 
     @property
     def steps_per_block(self) -> int:

@@ -354,7 +354,7 @@ class TestBadInput:
 
 
 def test_frames_show_a_mask_until_the_commit():
-    frames = history.frames(
+    frames = history.rebuild(
         jnp.asarray([[5, 6, 7]]), jnp.asarray([[-1, 1, 0]]), mask_id=9, forwards=2
     )
     np.testing.assert_array_equal(frames[:, 0], [[5, 9, 7], [5, 6, 7]])

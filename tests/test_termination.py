@@ -9,7 +9,7 @@ from tiny_models import prompts, small
 
 from dlm_jax.cache import CacheMethod, NoCache, make
 from dlm_jax.decoding import termination
-from dlm_jax.decoding.canvas import Canvas, Window
+from dlm_jax.decoding.blocks import Blocks, Window
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.start import start
 from dlm_jax.decoding.strategies import STRATEGIES, Klass, Random, Threshold, Wino
@@ -39,16 +39,16 @@ class Sliding(NoCache):
 
     size: int = 2
 
-    def canvas(self, canvas: Canvas) -> Canvas:
-        return Window(canvas.geo, self.size)
+    def blocks(self, blocks: Blocks) -> Blocks:
+        return Window(blocks.geo, self.size)
 
 
 def answers(method: CacheMethod = NoCache(), **arguments) -> Answers:  # noqa: B008
     decode = DecodeConfig(**dict(gen_length=GEN, block_length=BLOCK) | arguments)
-    canvas = method.canvas(Canvas(decode.geometry(prompt=PROMPT, shift=0)))
+    blocks = method.blocks(Blocks(decode.geometry(prompt=PROMPT, shift=0)))
     return Answers(
-        termination.is_known(decode, method, canvas),
-        termination.most_forwards(decode, method, canvas),
+        termination.is_known(decode, method, blocks),
+        termination.most_forwards(decode, method, blocks),
         termination.ends_with_steps(decode),
     )
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import queries as queries_lib
-from dlm_jax.decoding.canvas import Canvas
+from dlm_jax.decoding.blocks import Blocks
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.decoding.strategies import STRATEGIES
@@ -160,12 +160,13 @@ class CacheMethod:
         del geo
         return ()
 
-    def canvas(self, canvas: Canvas) -> Canvas:
+    def blocks(self, blocks: Blocks) -> Blocks:
         """How the canvas is divided, where the method does not take what the user wants."""
-        return canvas
+        return blocks
 
     def restrict(self, memory: PyTree, row: Row, geo: Geometry) -> Row:
-        """Narrows what a step may fill, how much of it, and what its queries may attend to."""
+        """Narrows what a step may fill, how much of it, and what its queries may attend to; the
+        loop takes nothing else of it."""
         del memory, geo
         return row
 

@@ -96,5 +96,4 @@ class Dual(Prefix):
         return buckets([geo.block], geo)
 
     def _window(self, row: Row, geo: Geometry) -> Bool[Array, " L"]:
-        end = geo.prompt + (row.block + 1) * geo.block
-        return super()._window(row, geo) & (jnp.arange(geo.length) < end)
+        return geo.in_block(row.block)

@@ -1,6 +1,6 @@
 """Decoding: how a canvas of masks becomes text. One denoising step, `step.step`:
 
-    rows       what each row is: tokens, which masks it may fill now, how many      progress, canvas
+    rows       what each row is: tokens, which masks it may fill now, how many      progress, blocks
       |                                         (the cache method and the strategy may narrow that)
     selected   what the cache method wants computed of it                 CacheMethod.select
       |

@@ -41,8 +41,8 @@ class DecodeConfig:
       strategy: which positions a step commits: a `Strategy`, whose name makes one as well. The
         default takes the surest, as many as the schedule says.
       threshold: short for `strategy=Threshold(threshold)`, which commits every token at least this
-        sure; with the name of a strategy that narrows a rule, that rule. Like the next two an
-        argument only: `strategy` holds it.
+        sure; beside the name of a strategy, its argument of this name or the rule that it narrows.
+        Like the next two an argument only: `strategy` holds it.
       factor: the same for `Factor`: the n surest tokens, n the largest with (n + 1)(1 - confidence
         of the n-th) below it.
       gamma: the same for `EntropyBound`: as long as entropies, the largest one left out, sum up to
@@ -113,7 +113,7 @@ class DecodeConfig:
         given = dict(threshold=threshold, factor=factor, gamma=gamma)
         rules = {name: value for name, value in given.items() if value is not None}
         self._set(strategy=_strategy(self.strategy, rules, self.alg))
-        if self.alg in _orders():
+        if self.alg in _named_by_alg():
             self._set(alg="low_confidence")
         if isinstance(self.suppress, list):
             self._set(suppress=tuple(self.suppress))
@@ -135,7 +135,7 @@ class DecodeConfig:
         """The model family's defaults where an argument is not given or None.
 
         A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
-        if there is none, everything is one block. A strategy that is not the usual one, or `sigma`,
+        if there is none, everything is one block. A strategy that compares confidences, or `sigma`,
         without an `alg` looks at probabilities, whatever the family's own measure.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
@@ -252,7 +252,7 @@ def _strategy(given: Any, rules: dict[str, Number], alg: str) -> Strategy:
         )
     else:
         strategy = given
-    if alg not in _orders() or strategy.name == alg:
+    if alg not in _named_by_alg() or strategy.name == alg:
         return strategy
     if strategy != usual:
         raise ValueError(
@@ -262,6 +262,6 @@ def _strategy(given: Any, rules: dict[str, Number], alg: str) -> Strategy:
     return strategies.make(alg)
 
 
-def _orders() -> list[str]:
+def _named_by_alg() -> list[str]:
     """Strategies that `alg` may name."""
     return [name for name, strategy in strategies.STRATEGIES.items() if strategy.as_alg]

@@ -62,7 +62,9 @@ def forward(setup: Setup, state: DecodeState, shape: StepShape) -> Seen:
     (hidden_BWD, acc), cache = _compute(setup, work, state.cache, shape)
     if setup.decode.guided:
         acc = guidance.without_copy(acc)
-    return Seen(slot_BW, hidden_BWD, wanted_BL & rows.masked_BL, cache, acc)
+    nothing_BL, read_BW = jnp.zeros_like(wanted_BL), jnp.ones(slot_BW.shape, bool)
+    read_BL = queries.scatter(nothing_BL, read_BW, slot_BW) & rows.masked_BL
+    return Seen(slot_BW, hidden_BWD, read_BL, cache, acc)
 
 
 def _compute(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dlm_jax.typing import Array, Int
 
 
-def frames(
+def rebuild(
     tokens: Int[Array, "B L"], committed_at: Int[Array, "B L"], *, mask_id: int, forwards: int
 ) -> Int[Array, "T B L"]:
     """The canvas after each of the first `forwards` model forwards.

@@ -18,9 +18,9 @@ from dlm_jax.cache.none import NoCache
 from dlm_jax.decoding import history
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.progress import unfinished
-from dlm_jax.decoding.start import prepare, start
+from dlm_jax.decoding.start import begin, prepare, start
 from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup
-from dlm_jax.decoding.step import begin, step
+from dlm_jax.decoding.step import step
 from dlm_jax.models.base import Transformer
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Float, Int, Params, PyTree
 
@@ -258,7 +258,7 @@ def _generate(
     slots_T = jnp.where(ran_T, jnp.asarray(setup.widths)[state.shape_T], 0.0)
     canvas_TBL = state.canvas_TBL
     if "history" in record and canvas_TBL is None:
-        canvas_TBL = history.frames(
+        canvas_TBL = history.rebuild(
             state.rows.tokens_BL,
             state.committed_at_BL,
             mask_id=setup.model.config.mask_id,

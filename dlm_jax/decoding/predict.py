@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dlm_jax import queries
 from dlm_jax.decoding import guidance
 from dlm_jax.decoding.forward import Seen
-from dlm_jax.decoding.rows import CHOICE, Chance, Proposal, Row, Rows, per_row
+from dlm_jax.decoding.rows import CHOICE, TOKEN, Chance, Proposal, Row, Rows, per_row
 from dlm_jax.decoding.sampler import sample
 from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.models.base import unembed
@@ -37,7 +37,7 @@ class Predictions(NamedTuple):
     """How sure the model is, to rank by; `Measure.level` turns a confidence into one."""
     confidence: Float[Array, "*B W"]
     """The same, as it is reported."""
-    wanted: PyTree
+    kept: PyTree
     """What `Strategy.read` keeps."""
 
 
@@ -110,7 +110,7 @@ def propose(
         candidate_L=read_L & row.eligible_L,
         confidence_L=confidence_L,
         score_L=score_L,
-        wanted=predictions.wanted,
+        kept=predictions.kept,
         slot_W=slot_W,
         chance=chance,
         level=level,
@@ -125,7 +125,7 @@ def _sample(
     chances = Chance(setup.key_B, rows.step_B, queries.gather(setup.position_BL, slot_BW))
     token_BW, said = sample(
         logits_BWV,
-        jax.vmap(lambda chance: chance.keys_L())(chances),
+        jax.vmap(lambda chance: chance.keys_L(TOKEN))(chances),
         banned=setup.model.config.mask_id if decode.ban_mask else None,
         temperature=decode.temperature,
         top_p=decode.top_p,
@@ -136,8 +136,8 @@ def _sample(
     if setup.debias is not None:
         score_BW = confidence_BW = setup.debias.calibrate(confidence_BW, token_BW)
     read = jax.vmap(functools.partial(setup.strategy.read, measure))
-    wanted = read(said, queries.gather(rows.tokens_BL, slot_BW))
-    return Predictions(token_BW, score_BW, confidence_BW, wanted)
+    kept = read(said, queries.gather(rows.tokens_BL, slot_BW))
+    return Predictions(token_BW, score_BW, confidence_BW, kept)
 
 
 def _adjust(

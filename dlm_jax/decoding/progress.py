@@ -32,19 +32,16 @@ def enter(setup: Setup, state: DecodeState) -> DecodeState:
     )
 
 
-def advance(setup: Setup, state: DecodeState, active_B: Bool[Array, " B"]) -> DecodeState:
-    """Moves rows to the next step of their block, or to their next block, and chooses again.
+def advance(setup: Setup, state: DecodeState) -> DecodeState:
+    """Moves rows to the next step of their block, or to their next block, and prepares that step.
 
-    Args:
-      setup: constants.
-      state: the state after a step, except for where the rows stand.
-      active_B: rows that took part in the step.
+    Of the rows, only the tokens are those after the step that was made.
     """
     geo, decode, rows = setup.geo, setup.decode, state.rows
     block_step_B = rows.block_step_B + 1
     done_B = rows.block_B >= geo.num_blocks
-    wanted_BL = jax.vmap(functools.partial(_wanted, setup))(rows.tokens_BL, rows.valid_BL)
-    full_B = jax.vmap(setup.canvas.count_in)(wanted_BL, rows.block_B) == 0
+    left_BL = jax.vmap(functools.partial(_left, setup))(rows.tokens_BL, rows.valid_BL)
+    full_B = jax.vmap(setup.blocks.count_in)(left_BL, rows.block_B) == 0
     leave_B = full_B
     if geo.steps is not None and not setup.strategy.adaptive:
         out_of_steps_B = block_step_B >= geo.steps_per_block
@@ -62,7 +59,7 @@ def advance(setup: Setup, state: DecodeState, active_B: Bool[Array, " B"]) -> De
             rows=rows._replace(
                 block_B=jnp.where(leave_B, next_B, rows.block_B),
                 block_step_B=jnp.where(leave_B, 0, block_step_B),
-                step_B=rows.step_B + active_B.astype(jnp.int32),
+                step_B=rows.step_B + rows.active_B.astype(jnp.int32),
             ),
             block_masks_B=jnp.where(leave_B, masks_B, state.block_masks_B),
         ),
@@ -99,14 +96,14 @@ def _row(
     memory: PyTree,
 ) -> Row:
     """What a row, of which only tokens and place are up to date, may do in the next step."""
-    canvas, strategy, method, geo = setup.canvas, setup.strategy, setup.method, setup.geo
-    masked_L = canvas.masked(row.tokens_L, row.valid_L, setup.model.config.mask_id)
-    open_L = canvas.eligible(masked_L, row.block)
+    blocks, strategy, method, geo = setup.blocks, setup.strategy, setup.method, setup.geo
+    masked_L = blocks.masked(row.tokens_L, row.valid_L, setup.model.config.mask_id)
+    open_L = blocks.eligible(masked_L, row.block)
     eligible_L = open_L & _before_end(setup, row.tokens_L)
     if setup.decode.fill_past_eos:
         eligible_L = open_L & jnp.any(eligible_L)
     # An early end does not slow the pace: masks behind it count as if they were to be filled.
-    pace = (block_masks, canvas.count_in(masked_L, row.block), row.block_step)
+    pace = (block_masks, blocks.count_in(masked_L, row.block), row.block_step)
     least, most = setup.schedule.bounds(*pace)
     row = row._replace(
         masked_L=masked_L,
@@ -116,15 +113,26 @@ def _row(
         most=most,
         share=setup.schedule.share(*pace),
     )
-    row = method.restrict(memory, strategy.restrict(strategy_memory, row, geo), geo)
+    row = _narrowed(row, strategy.restrict(strategy_memory, row, geo))
+    row = _narrowed(row, method.restrict(memory, row, geo))
     return row._replace(next_L=strategy.next(row))
 
 
-def _wanted(
+def _narrowed(row: Row, restricted: Row) -> Row:
+    """What `restrict` may decide of a row."""
+    return row._replace(
+        eligible_L=row.eligible_L & restricted.eligible_L,
+        attended_L=row.attended_L & restricted.attended_L,
+        least=restricted.least,
+        most=restricted.most,
+    )
+
+
+def _left(
     setup: Setup, tokens_L: Int[Array, " L"], valid_L: Bool[Array, " L"]
 ) -> Bool[Array, " L"]:
     """Masks of a row that are still to be filled."""
-    masked_L = setup.canvas.masked(tokens_L, valid_L, setup.model.config.mask_id)
+    masked_L = setup.blocks.masked(tokens_L, valid_L, setup.model.config.mask_id)
     return masked_L & _before_end(setup, tokens_L)
 
 
@@ -141,17 +149,17 @@ def _next_block(
     setup: Setup, tokens_BL: Int[Array, "B L"], block_B: Int[Array, " B"]
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """The block that a row goes on to, beyond all in which nothing is to be filled; its masks."""
-    canvas, blocks, valid_BL = setup.canvas, setup.geo.num_blocks, setup.slots.valid_BL
+    blocks, number, valid_BL = setup.blocks, setup.geo.num_blocks, setup.slots.valid_BL
     if not setup.decode.leave_early:
         next_B = block_B + 1
     else:
-        wanted_BL = jax.vmap(functools.partial(_wanted, setup))(tokens_BL, valid_BL)
-        open_Bb = jax.vmap(canvas.count)(wanted_BL) > 0
+        wanted_BL = jax.vmap(functools.partial(_left, setup))(tokens_BL, valid_BL)
+        open_Bb = jax.vmap(blocks.count)(wanted_BL) > 0
         if setup.lockstep:
             open_Bb = jnp.broadcast_to(jnp.any(open_Bb, axis=0)[None], open_Bb.shape)
-        later_Bb = open_Bb & (jnp.arange(blocks)[None] > block_B[:, None])
+        later_Bb = open_Bb & (jnp.arange(number)[None] > block_B[:, None])
         first_B = jnp.argmax(later_Bb, axis=-1).astype(block_B.dtype)
-        next_B = jnp.where(jnp.any(later_Bb, axis=-1), first_B, jnp.full_like(first_B, blocks))
+        next_B = jnp.where(jnp.any(later_Bb, axis=-1), first_B, jnp.full_like(first_B, number))
     mask_id = setup.model.config.mask_id
-    masked_BL = jax.vmap(canvas.masked, (0, 0, None))(tokens_BL, valid_BL, mask_id)
-    return next_B, jax.vmap(canvas.count_in)(masked_BL, next_B)
+    masked_BL = jax.vmap(blocks.masked, (0, 0, None))(tokens_BL, valid_BL, mask_id)
+    return next_B, jax.vmap(blocks.count_in)(masked_BL, next_B)

@@ -23,13 +23,13 @@ class Row(NamedTuple):
     valid_L: Bool[Array, " L"]
     """Slots that hold a token or a mask, not padding."""
     masked_L: Bool[Array, " L"]
-    """Masks that are to be filled, in any block."""
+    """Masks that may be filled at some time, in any block; also those behind the end of a text."""
     committed_L: Bool[Array, " L"]
     """Tokens that earlier steps committed; those that were given are not among them."""
     eligible_L: Bool[Array, " L"]
     """Masks that this step may fill; none in a row that is done."""
     next_L: Bool[Array, " L"]
-    """Of these, what this step will fill as far as that is known beforehand."""
+    """What this step will fill, where an order is drawn in advance; elsewhere all that it may."""
     order_L: Float[Array, " L"]
     """Lower is filled earlier, where an order is drawn in advance; elsewhere all are equal."""
     attended_L: Bool[Array, " L"]
@@ -91,19 +91,19 @@ class Chance(NamedTuple):
     position_L: Int[Array, " L"]
     """Rotary positions, which padding does not change."""
 
-    def keys_L(self, purpose: int = 0) -> Key[Array, " L"]:
+    def keys_L(self, purpose: int) -> Key[Array, " L"]:
         """A key per position; different purposes have independent ones."""
         fold = jax.random.fold_in
         key_L = jax.vmap(fold, (None, 0))(fold(self.key, self.step), self.position_L)
         return jax.vmap(fold, (0, None))(key_L, purpose) if purpose else key_L
 
-    def uniform_L(self, purpose: int = 0) -> Float[Array, " L"]:
+    def uniform_L(self, purpose: int) -> Float[Array, " L"]:
         """A number in [0, 1) for every position."""
         return jax.vmap(jax.random.uniform)(self.keys_L(purpose))
 
 
-CHOICE = 1
-"""Purpose of the random numbers that choose among candidates; tokens are sampled with others."""
+TOKEN, CHOICE, ORDER = 0, 1, 2
+"""Purposes of random numbers: sampling tokens, choosing candidates, an order for one forward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Proposal:
     one another. -inf where nothing was read."""
     score_L: Float[Array, " L"]
     """The same to rank by: with more resolution, or with noise."""
-    wanted: PyTree
+    kept: PyTree
     """What `Strategy.read` kept of the distributions, `[W, ...]`."""
     slot_W: Int[Array, " W"]
     """Where that was; L marks an unused entry."""
@@ -137,10 +137,10 @@ class Proposal:
         """So many of the candidates, or of those `among` them; the leftmost among equals."""
         return ranking.top(self.score_L, self.candidate_L if among_L is None else among_L, count)
 
-    def place(self, wanted_W: Array, fill: float) -> Array:
-        """An array `[W]` of what was wanted at its slots `[L]`, and `fill` elsewhere."""
-        everywhere_L = jnp.full(self.read_L.shape, fill, wanted_W.dtype)
-        return queries.scatter_row(everywhere_L, wanted_W, self.slot_W)
+    def place(self, kept_W: Array, fill: float) -> Array:
+        """An array `[W]` of what was kept at its slots `[L]`, and `fill` elsewhere."""
+        everywhere_L = jnp.full(self.read_L.shape, fill, kept_W.dtype)
+        return queries.scatter_row(everywhere_L, kept_W, self.slot_W)
 
 
 class Observation(NamedTuple):

@@ -10,15 +10,16 @@ from jax.core import Tracer
 
 from dlm_jax.cache.base import CacheMethod
 from dlm_jax.cache.none import NoCache
+from dlm_jax.decoding import progress
 from dlm_jax.decoding.config import DecodeConfig
+from dlm_jax.decoding.rows import TOKEN, Rows
 from dlm_jax.decoding.settings import traced
 from dlm_jax.decoding.state import DecodeState, Draws, LogitsProcessor, Setup
-from dlm_jax.decoding.step import begin
 from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.keys import row_keys
 from dlm_jax.models.base import Config, Transformer, lay_out
 from dlm_jax.queries import Slots
-from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Params
+from dlm_jax.typing import Array, ArrayOrNumpy, Bool, Int, Params, PyTree
 
 
 def start(
@@ -109,6 +110,58 @@ def prepare(
     return setup, tokens_BL
 
 
+def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = ()) -> DecodeState:
+    """The state before the first step; `record` as in `diffusion_generate`."""
+    geo, config, method, strategy = setup.geo, setup.model.config, setup.method, setup.strategy
+    batch = tokens_BL.shape[0]
+    zeros_B, false_BL = jnp.zeros(batch, jnp.int32), jnp.zeros(tokens_BL.shape, bool)
+    nothing_BL = jnp.zeros(tokens_BL.shape, jnp.float32)
+    dtype = setup.params["embed"]["embedding"].dtype
+    forwards = setup.most_forwards
+    sets_TBL = jnp.zeros((forwards, *tokens_BL.shape), bool)
+
+    def for_each(one: PyTree, rows: int) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), one)
+
+    state = DecodeState(
+        rows=Rows(
+            tokens_BL=tokens_BL,
+            valid_BL=setup.slots.valid_BL,
+            masked_BL=false_BL,
+            committed_BL=false_BL,
+            eligible_BL=false_BL,
+            next_BL=false_BL,
+            order_BL=nothing_BL,
+            attended_BL=setup.slots.valid_BL,
+            least_B=zeros_B,
+            most_B=zeros_B,
+            share_B=jnp.zeros(batch, jnp.float32),
+            block_B=zeros_B,
+            block_step_B=zeros_B,
+            step_B=zeros_B,
+        ),
+        committed_at_BL=jnp.full(tokens_BL.shape, -1, jnp.int32),
+        confidence_BL=nothing_BL,
+        nfe=jnp.zeros((), jnp.int32),
+        block_masks_B=zeros_B,
+        strategy_memory=for_each(strategy.init(config, geo), batch),
+        selected_BL=false_BL,
+        shape=jnp.zeros((), jnp.int32),
+        memory=for_each(method.init(geo), batch),
+        cache=for_each(method.init_cache(config, geo, dtype), setup.copies * batch),
+        asked_TB=jnp.zeros((forwards, batch), jnp.float32),
+        shape_T=jnp.full(forwards, -1, jnp.int32),
+        computed_TBL=sets_TBL if "computed" in record else None,
+        layer_sets=(sets_TBL,) * config.num_layers if "computed_layers" in record else None,
+        canvas_TBL=(
+            jnp.zeros(sets_TBL.shape, jnp.int32)
+            if "history" in record and strategy.revokes
+            else None
+        ),
+    )
+    return progress.enter(setup, state)
+
+
 @functools.partial(jax.jit, static_argnames=("gen", "config"))
 def _canvas(
     prompt_BP: Int[Array, "B P"], mask_BP: Bool[Array, "B P"], *, gen: int, config: Config
@@ -122,7 +175,7 @@ def _canvas(
 @jax.jit
 def _draw_order(setup: Setup) -> Array:
     # No denoising step has this number, so that no noise is correlated with the order.
-    return setup.draw_order(jnp.full(len(setup.key_B), -1, jnp.int32))
+    return setup.draw_order(jnp.full(len(setup.key_B), -1, jnp.int32), TOKEN)
 
 
 _row_keys = jax.jit(row_keys, static_argnums=1)

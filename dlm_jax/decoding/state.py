@@ -11,9 +11,9 @@ import numpy as np
 from dlm_jax import queries
 from dlm_jax.cache.base import CacheMethod, StepShape
 from dlm_jax.decoding import termination
-from dlm_jax.decoding.canvas import Canvas
+from dlm_jax.decoding.blocks import Blocks
 from dlm_jax.decoding.config import DecodeConfig
-from dlm_jax.decoding.rows import Chance, Rows
+from dlm_jax.decoding.rows import ORDER, Chance, Rows
 from dlm_jax.decoding.sampler import Debias
 from dlm_jax.decoding.schedule import Schedule
 from dlm_jax.decoding.settings import register
@@ -64,8 +64,9 @@ class Setup:
         return self.decode.strategy
 
     @property
-    def canvas(self) -> Canvas:
-        return self.method.canvas(Canvas(self.geo))
+    def blocks(self) -> Blocks:
+        """Which masks a step may fill."""
+        return self.method.blocks(Blocks(self.geo))
 
     @property
     def schedule(self) -> Schedule:
@@ -99,12 +100,12 @@ class Setup:
     @property
     def fixed_length(self) -> bool:
         """Whether the number of forwards is known beforehand."""
-        return termination.is_known(self.decode, self.method, self.canvas)
+        return termination.is_known(self.decode, self.method, self.blocks)
 
     @property
     def most_forwards(self) -> int:
         """T, the number of forwards if `fixed_length`, else an upper bound."""
-        return termination.most_forwards(self.decode, self.method, self.canvas)
+        return termination.most_forwards(self.decode, self.method, self.blocks)
 
     def readout_width(self, shape: StepShape) -> int:
         """W, the most positions whose logits are read in a step of this shape."""
@@ -112,7 +113,7 @@ class Setup:
         if self.strategy.shadows:
             return geo.block
         if decode.ban_mask and not (self.method.reads_ahead or self.strategy.reads_ahead):
-            most = self.canvas.sizes[0]
+            most = self.blocks.sizes[0]
         else:
             most = geo.fillable
         # A row's first token and the second can be read from the same output.
@@ -129,13 +130,13 @@ class Setup:
         if not self.strategy.ordered:
             return jnp.zeros(self.slots.valid_BL.shape, jnp.float32)
         if order is None:
-            return self.draw_order(step_B)
+            return self.draw_order(step_B, ORDER)
         return jnp.asarray(order if order.ndim == 2 else _at(order, nfe), jnp.float32)
 
-    def draw_order(self, step_B: Int[Array, " B"]) -> Float[Array, "B L"]:
+    def draw_order(self, step_B: Int[Array, " B"], purpose: int) -> Float[Array, "B L"]:
         """A random order of all positions; a row's depends on its key and the step."""
         chances = Chance(self.key_B, step_B, self.position_BL)
-        return jax.vmap(lambda chance: chance.uniform_L())(chances)
+        return jax.vmap(lambda chance: chance.uniform_L(purpose))(chances)
 
     def transfer_BL(self, nfe: Int[Array, ""]) -> Bool[Array, "B L"] | None:
         """What this forward fills, where that is given; else None."""

@@ -13,61 +13,9 @@ from dlm_jax.cache.base import StepShape
 from dlm_jax.decoding import progress
 from dlm_jax.decoding.forward import Seen, forward
 from dlm_jax.decoding.predict import Predictions, predict, propose
-from dlm_jax.decoding.rows import Chance, Observation, Row, Rows, per_row
+from dlm_jax.decoding.rows import Chance, Observation, Row, per_row
 from dlm_jax.decoding.state import DecodeState, Setup
 from dlm_jax.typing import Array, Bool, Int, PyTree
-
-
-def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = ()) -> DecodeState:
-    """The state before the first step; `record` as in `diffusion_generate`."""
-    geo, config, method, strategy = setup.geo, setup.model.config, setup.method, setup.strategy
-    batch = tokens_BL.shape[0]
-    zeros_B, false_BL = jnp.zeros(batch, jnp.int32), jnp.zeros(tokens_BL.shape, bool)
-    nothing_BL = jnp.zeros(tokens_BL.shape, jnp.float32)
-    dtype = setup.params["embed"]["embedding"].dtype
-    forwards = setup.most_forwards
-    sets_TBL = jnp.zeros((forwards, *tokens_BL.shape), bool)
-
-    def for_each(one: PyTree, rows: int) -> PyTree:
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (rows, *jnp.shape(leaf))), one)
-
-    state = DecodeState(
-        rows=Rows(
-            tokens_BL=tokens_BL,
-            valid_BL=setup.slots.valid_BL,
-            masked_BL=false_BL,
-            committed_BL=false_BL,
-            eligible_BL=false_BL,
-            next_BL=false_BL,
-            order_BL=nothing_BL,
-            attended_BL=setup.slots.valid_BL,
-            least_B=zeros_B,
-            most_B=zeros_B,
-            share_B=jnp.zeros(batch, jnp.float32),
-            block_B=zeros_B,
-            block_step_B=zeros_B,
-            step_B=zeros_B,
-        ),
-        committed_at_BL=jnp.full(tokens_BL.shape, -1, jnp.int32),
-        confidence_BL=nothing_BL,
-        nfe=jnp.zeros((), jnp.int32),
-        block_masks_B=zeros_B,
-        strategy_memory=for_each(strategy.init(config, geo), batch),
-        selected_BL=false_BL,
-        shape=jnp.zeros((), jnp.int32),
-        memory=for_each(method.init(geo), batch),
-        cache=for_each(method.init_cache(config, geo, dtype), setup.copies * batch),
-        asked_TB=jnp.zeros((forwards, batch), jnp.float32),
-        shape_T=jnp.full(forwards, -1, jnp.int32),
-        computed_TBL=sets_TBL if "computed" in record else None,
-        layer_sets=(sets_TBL,) * config.num_layers if "computed_layers" in record else None,
-        canvas_TBL=(
-            jnp.zeros(sets_TBL.shape, jnp.int32)
-            if "history" in record and strategy.revokes
-            else None
-        ),
-    )
-    return progress.enter(setup, state)
 
 
 def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
@@ -82,8 +30,8 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     strategy_memory, chosen_BL, revoked_BL = _decide(
         setup, state, seen, predictions, strategy_memory
     )
-    candidate_BL = queries.scatter(rows.tokens_BL, predictions.token, seen.slot_BW)
-    tokens_BL = jnp.where(chosen_BL, candidate_BL, rows.tokens_BL)
+    proposed_BL = queries.scatter(rows.tokens_BL, predictions.token, seen.slot_BW)
+    tokens_BL = jnp.where(chosen_BL, proposed_BL, rows.tokens_BL)
     # Where the mask token is not banned it may be chosen; the position is then still a mask.
     committed_BL = chosen_BL & (tokens_BL != mask_id)
     tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
@@ -95,8 +43,8 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
 
     # Remember.
-    def observe(row: Row, memory: PyTree, *seen: PyTree) -> PyTree:
-        return setup.method.observe(memory, row, Observation(*seen), setup.geo)
+    def observe(row: Row, memory: PyTree, *observed: PyTree) -> PyTree:
+        return setup.method.observe(memory, row, Observation(*observed), setup.geo)
 
     memory = per_row(observe)(
         rows,
@@ -118,7 +66,7 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
         memory=if_active(rows.active_B, memory, state.memory),
         cache=seen.cache,
     )
-    return progress.advance(setup, state, rows.active_B)
+    return progress.advance(setup, state)
 
 
 def _decide(

@@ -32,5 +32,5 @@ class Neighbour(Strategy):
 
     def choose(self, memory, row, proposal, geo):
         sure_L = proposal.reaching(self.threshold)
-        beside_L = jnp.roll(sure_L, 1) & proposal.reaching(self.relaxed)
+        beside_L = jnp.pad(sure_L[:-1], (1, 0)) & proposal.reaching(self.relaxed)
         return memory + 1, sure_L | beside_L | proposal.surest(row.least)

@@ -2,8 +2,8 @@
 
 A strategy is a frozen dataclass whose fields are its parameters (`settings.settings`: numbers that
 shape nothing are leaves, so that another value compiles nothing). Its functions are pure, written
-for one row and mapped over the batch, with a memory of their own, a pytree. All have a default that
-does nothing; docs/architecture.md says when a step asks which.
+for one row and mapped over the batch, with a memory of their own, a pytree. All but `choose` have a
+default that does nothing; docs/architecture.md says when a step asks which.
 
 The order in a step: `restrict` and `next` before the forward; `readable` says where predictions are
 wanted; `adjust` may change the logits; `read` keeps something of the distributions; `choose` says
@@ -53,11 +53,11 @@ class Strategy:
     reads_ahead: ClassVar[bool] = False
     """Whether `readable` goes beyond what the step may fill."""
     whole: ClassVar[bool] = False
-    """Whether it wants the distributions of all positions that are read at once, and `adjust` to be
-    asked. They then take B W V numbers; otherwise they are made a few positions at a time."""
+    """Whether the logits of all positions that are read are made at once, B W V numbers, and not a
+    few positions at a time; `adjust` is asked only then."""
     shadows: ClassVar[bool] = False
-    """Whether predictions at positions of the block that hold a token are wanted, made without
-    seeing it (`shadow.py`)."""
+    """Whether predictions are wanted all over the block, where a token stands without seeing it
+    (`shadow.py`)."""
     revokes: ClassVar[bool] = False
     """Whether `revoke` is to be asked."""
 
@@ -75,15 +75,30 @@ class Strategy:
 
     def check(self, decode: "DecodeConfig") -> None:
         """Refuses other settings with which it has no meaning."""
-        del decode
+        if self.shadows:
+            for name, given in (("cfg_scale", decode.guided), ("infill", decode.infill)):
+                if given:
+                    raise ValueError(
+                        f"strategy is {self.name!r}, which has no meaning with {name}; leave that "
+                        "out."
+                    )
 
     def check_model(self, config: Config) -> None:
         """Refuses a model with which it has no meaning."""
-        del config
+        if self.shadows and config.shift:
+            raise ValueError(
+                f"strategy is {self.name!r}, which checks a token by predicting it at its own "
+                f"position; {config.family} predicts it at the one before, so take another "
+                "strategy."
+            )
 
     def check_cache(self, name: str, keeps: bool) -> None:
         """Refuses a cache method of this name, which perhaps keeps keys and values."""
-        del name, keeps
+        if self.shadows and keeps:
+            raise ValueError(
+                f"cache is {name!r}, which keeps keys and values; the strategy {self.name!r} has "
+                "no meaning with that, so take the cache 'none'."
+            )
 
     # --- one row ----------------------------------------------------------------------------------
 
@@ -93,12 +108,12 @@ class Strategy:
         return ()
 
     def restrict(self, memory: PyTree, row: Row, geo: Geometry) -> Row:
-        """Narrows what a step may fill, and how much of it."""
+        """Narrows what a step may fill, and how much of it; the loop takes nothing else of it."""
         del memory, geo
         return row
 
     def next(self, row: Row) -> Bool[Array, " L"]:
-        """What the step will fill, as far as that is known before the forward."""
+        """What the step will fill, if that is known before the forward; else all that it may."""
         return row.eligible_L
 
     def readable(self, row: Row, wanted_L: Bool[Array, " L"], geo: Geometry) -> Bool[Array, " L"]:
@@ -119,7 +134,7 @@ class Strategy:
         return memory, logits_WV
 
     def read(self, measure: Measure, said: Distributions, there_W: Int[Array, " W"]) -> PyTree:
-        """What `choose` and `revoke` want of the distributions, `[W, ...]`: `Proposal.wanted`.
+        """What `choose` and `revoke` want of the distributions, `[W, ...]`: `Proposal.kept`.
 
         Args:
           measure: what a confidence is.
@@ -138,7 +153,10 @@ class Strategy:
     def revoke(
         self, row: Row, proposal: Proposal, chosen_L: Bool[Array, " L"], geo: Geometry
     ) -> Bool[Array, " L"]:
-        """Which tokens that earlier steps committed become masks again."""
+        """Which tokens of the row's block, committed in earlier steps, become masks again.
+
+        A row does not come back to blocks that it has left.
+        """
         del proposal, chosen_L, geo
         return jnp.zeros_like(row.committed_L)
 

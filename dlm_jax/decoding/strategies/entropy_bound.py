@@ -36,7 +36,7 @@ class EntropyBound(Rule):
         return entropy(said.tempered)
 
     def count(self, proposal: Proposal, among_L: Bool[Array, " L"]) -> Int[Array, ""]:
-        entropy_L = proposal.place(proposal.wanted, 0.0)
+        entropy_L = proposal.place(proposal.kept, 0.0)
         return bounded(proposal.score_L, entropy_L, among_L, self.gamma)
 
 

@@ -61,8 +61,6 @@ class Klass(Strategy):
                 "strategy is 'klass', which narrows what a threshold or a factor finds sure; give "
                 "one of these two."
             )
-        if self.kl_threshold is None:
-            raise ValueError("kl_threshold is None; it must be a number.")
         check_number("kl_threshold", self.kl_threshold, "be above 0", above=0, most=float("inf"))
         check_whole("kl_history_length", self.kl_history_length, 1)
 
@@ -89,7 +87,7 @@ class Klass(Strategy):
     def choose(
         self, memory: Moves, row: Row, proposal: Proposal, geo: Geometry
     ) -> tuple[Moves, Bool[Array, " L"]]:
-        memory = followed(memory, proposal.wanted, proposal.slot_W, geo.length)
+        memory = followed(memory, proposal.kept, proposal.slot_W, geo.length)
         stable_L = proposal.candidate_L & stable(memory, self.kl_threshold, geo.length)
         count = self.rule.count(proposal, stable_L)
         found = count > 0

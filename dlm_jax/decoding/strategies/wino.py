@@ -15,7 +15,6 @@ from dlm_jax.decoding.sampler import Distributions, Measure
 from dlm_jax.decoding.settings import Number, check_confidence, number, settings
 from dlm_jax.decoding.strategies.base import Strategy
 from dlm_jax.geometry import Geometry
-from dlm_jax.models import Config
 from dlm_jax.typing import Array, Bool, Float, Int, PyTree
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 class Wino(Strategy):
     """Commits what is sure of a block, and revokes what the rest makes unsure.
 
-    Every step gains at least what the schedule says, so it revokes fewer than it commits.
+    It revokes fewer than it chooses, by at least what the schedule says.
 
     Attributes:
       wide_in_thres: how sure a token must be to be committed.
@@ -45,40 +44,18 @@ class Wino(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("wide_in_thres", "narrow_out_thres"):
-            if getattr(self, name) is None:
-                raise ValueError(f"{name} is None; it must be a number.")
             check_confidence(name, getattr(self, name))
 
     def check(self, decode: "DecodeConfig") -> None:
-        for name, given in (("cfg_scale", decode.guided), ("infill", decode.infill)):
-            if given:
-                raise ValueError(
-                    f"strategy is 'wino', which has no meaning with {name}; leave that out."
-                )
+        super().check(decode)
         if not decode.measure.is_probability:
             raise ValueError(
                 f"alg is {decode.alg!r}; the strategy 'wino' compares probabilities, so it must "
                 "be 'low_confidence' or 'maskgit_plus'."
             )
 
-    def check_model(self, config: Config) -> None:
-        if config.shift:
-            raise ValueError(
-                "strategy is 'wino', which checks a token by predicting it at its own position; "
-                f"{config.family} predicts it at the one before, so take another strategy."
-            )
-
-    def check_cache(self, name: str, keeps: bool) -> None:
-        if keeps:
-            raise ValueError(
-                f"cache is {name!r}, which keeps keys and values; the strategy 'wino' has no "
-                "meaning with that, so take the cache 'none'."
-            )
-
     def readable(self, row: Row, wanted_L: Bool[Array, " L"], geo: Geometry) -> Bool[Array, " L"]:
-        start = geo.prompt + row.block * geo.block
-        slot_L = jnp.arange(geo.length)
-        return (slot_L >= start) & (slot_L < start + geo.block)
+        return geo.in_block(row.block)
 
     def read(
         self, measure: Measure, said: Distributions, there_W: Int[Array, " W"]
@@ -96,7 +73,7 @@ class Wino(Strategy):
         self, row: Row, proposal: Proposal, chosen_L: Bool[Array, " L"], geo: Geometry
     ) -> Bool[Array, " L"]:
         # What was not read is in no doubt.
-        probability_L = proposal.place(proposal.wanted, jnp.inf)
+        probability_L = proposal.place(proposal.kept, jnp.inf)
         return revoked(
             probability_L,
             row.committed_L,

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from tiny_models import prompts, small
 
 from dlm_jax.cache import NoCache
-from dlm_jax.decoding.canvas import Canvas, Window
+from dlm_jax.decoding.blocks import Blocks, Window
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate
 from dlm_jax.geometry import Geometry
@@ -61,8 +61,8 @@ def slow_eligible(geo: Geometry, masked: list[int], block: int) -> list[int]:
     return [slot for slot in masked if block_of(geo, slot) <= block]
 
 
-def masked_of(canvas: Canvas, tokens_L, valid_L) -> jax.Array:
-    return canvas.masked(jnp.asarray(tokens_L), jnp.asarray(valid_L), MASK)
+def masked_of(blocks: Blocks, tokens_L, valid_L) -> jax.Array:
+    return blocks.masked(jnp.asarray(tokens_L), jnp.asarray(valid_L), MASK)
 
 
 def where(set_L) -> list[int]:
@@ -79,68 +79,68 @@ class TestBlocks:
             (False, [3, 5, 7, 8], [3, 5], [2, 2]),
             (True, [2, 3, 5, 7, 8], [2, 3, 5], [3, 2]),  # what is padding is no mask
         ):
-            canvas = Canvas(dataclasses.replace(self.GEO, infill=infill))
-            masked_L = masked_of(canvas, self.TOKENS, valid_L)
+            blocks = Blocks(dataclasses.replace(self.GEO, infill=infill))
+            masked_L = masked_of(blocks, self.TOKENS, valid_L)
             assert where(masked_L) == masked
             for block, expected in enumerate([first, masked, [], []]):
-                assert where(canvas.eligible(masked_L, jnp.int32(block))) == expected
-            assert canvas.count(masked_L).tolist() == counts
+                assert where(blocks.eligible(masked_L, jnp.int32(block))) == expected
+            assert blocks.count(masked_L).tolist() == counts
             for block, expected in enumerate([*counts, 0]):
-                assert canvas.count_in(masked_L, jnp.int32(block)) == expected
-            assert canvas.sizes == ((6, 3) if infill else (3, 3))
-            assert not canvas.narrow
+                assert blocks.count_in(masked_L, jnp.int32(block)) == expected
+            assert blocks.sizes == ((6, 3) if infill else (3, 3))
+            assert not blocks.narrow
 
     def test_only_the_prompt(self):
-        canvas = Canvas(geometry(4, 0, 1, infill=True))
-        masked_L = masked_of(canvas, np.int32([MASK, MASK, 1, MASK]), np.arange(4) >= 1)
-        assert where(masked_L) == where(canvas.eligible(masked_L, jnp.int32(0))) == [1, 3]
-        assert where(canvas.eligible(masked_L, jnp.int32(1))) == []
-        assert (canvas.count(masked_L).tolist(), canvas.sizes) == ([2], (4,))
+        blocks = Blocks(geometry(4, 0, 1, infill=True))
+        masked_L = masked_of(blocks, np.int32([MASK, MASK, 1, MASK]), np.arange(4) >= 1)
+        assert where(masked_L) == where(blocks.eligible(masked_L, jnp.int32(0))) == [1, 3]
+        assert where(blocks.eligible(masked_L, jnp.int32(1))) == []
+        assert (blocks.count(masked_L).tolist(), blocks.sizes) == ([2], (4,))
 
     @often
     @given(layout=layouts())
     def test_definition(self, layout):
         geo, tokens_L, valid_L = layout
-        canvas, masked = Canvas(geo), slow_masked(*layout)
-        masked_L = masked_of(canvas, tokens_L, valid_L)
+        blocks, masked = Blocks(geo), slow_masked(*layout)
+        masked_L = masked_of(blocks, tokens_L, valid_L)
         assert where(masked_L) == masked
         counts = [sum(block_of(geo, slot) == b for slot in masked) for b in range(geo.num_blocks)]
-        assert canvas.count(masked_L).tolist() == counts
+        assert blocks.count(masked_L).tolist() == counts
         for block in range(geo.num_blocks + 2):
-            eligible_L = canvas.eligible(masked_L, jnp.int32(block))
+            eligible_L = blocks.eligible(masked_L, jnp.int32(block))
             assert where(eligible_L) == slow_eligible(geo, masked, block)
         for block, count in enumerate([*counts, 0]):
-            assert canvas.count_in(masked_L, jnp.int32(block)) == count
+            assert blocks.count_in(masked_L, jnp.int32(block)) == count
 
     @often
     @given(layout=layouts())
     def test_what_follows_from_it(self, layout):
         """Blocks share the masks; nothing is eligible earlier that is not later; sizes bound."""
         geo, tokens_L, valid_L = layout
-        canvas = Canvas(geo)
-        masked_L = masked_of(canvas, tokens_L, valid_L)
-        counts = canvas.count(masked_L)
-        assert len(counts) == len(canvas.sizes) == geo.num_blocks
+        blocks = Blocks(geo)
+        masked_L = masked_of(blocks, tokens_L, valid_L)
+        counts = blocks.count(masked_L)
+        assert len(counts) == len(blocks.sizes) == geo.num_blocks
         assert counts.sum() == masked_L.sum()
-        assert (counts <= jnp.asarray(canvas.sizes)).all()
-        assert sum(canvas.sizes) == geo.fillable
+        assert (counts <= jnp.asarray(blocks.sizes)).all()
+        assert sum(blocks.sizes) == geo.fillable
         before_L = np.zeros(geo.length, bool)
         for block in range(geo.num_blocks):
-            now_L = np.asarray(canvas.eligible(masked_L, jnp.int32(block)))
+            now_L = np.asarray(blocks.eligible(masked_L, jnp.int32(block)))
             assert (before_L <= now_L).all() and (now_L <= np.asarray(masked_L)).all()
             assert now_L.sum() == counts[: block + 1].sum()
             before_L = now_L
-        everywhere_L = masked_of(canvas, np.full_like(tokens_L, MASK), np.ones_like(valid_L))
-        assert canvas.count(everywhere_L).tolist() == list(canvas.sizes)
+        everywhere_L = masked_of(blocks, np.full_like(tokens_L, MASK), np.ones_like(valid_L))
+        assert blocks.count(everywhere_L).tolist() == list(blocks.sizes)
 
     @often
     @given(layout=layouts(), seed=st.integers(0, 99))
     def test_other_rows_and_other_tokens_have_no_say(self, layout, seed):
         """Mapped over a batch, it is what it is of each row; only where the masks are counts."""
         geo, tokens_L, valid_L = layout
-        canvas = Canvas(geo)
+        blocks = Blocks(geo)
         others_L = np.where(tokens_L == MASK, MASK, 3 + seed % 5).astype(np.int32)
-        masked_BL = jax.vmap(lambda row_L: masked_of(canvas, row_L, valid_L))(
+        masked_BL = jax.vmap(lambda row_L: masked_of(blocks, row_L, valid_L))(
             jnp.stack([tokens_L, others_L, np.full_like(tokens_L, MASK)])
         )
         assert where(masked_BL[0]) == where(masked_BL[1]) == slow_masked(*layout)
@@ -148,41 +148,41 @@ class TestBlocks:
 
 class TestWindow:
     def test_by_hand(self):
-        canvas = Window(geometry(2, 1, 6), size=2)
+        blocks = Window(geometry(2, 1, 6), size=2)
         tokens_L, valid_L = np.int32([1, 1, MASK, 1, MASK, MASK, 1, MASK]), np.ones(8, bool)
-        masked_L = masked_of(canvas, tokens_L, valid_L)
+        masked_L = masked_of(blocks, tokens_L, valid_L)
         assert where(masked_L) == [2, 4, 5, 7]
-        assert where(canvas.eligible(masked_L, jnp.int32(0))) == [2, 4]
-        assert where(canvas.eligible(masked_L, jnp.int32(1))) == []
+        assert where(blocks.eligible(masked_L, jnp.int32(0))) == [2, 4]
+        assert where(blocks.eligible(masked_L, jnp.int32(1))) == []
         # It slides as they are filled, from wherever.
-        assert where(canvas.eligible(masked_L.at[4].set(False), jnp.int32(0))) == [2, 5]
-        assert where(canvas.eligible(masked_L.at[2].set(False), jnp.int32(0))) == [4, 5]
+        assert where(blocks.eligible(masked_L.at[4].set(False), jnp.int32(0))) == [2, 5]
+        assert where(blocks.eligible(masked_L.at[2].set(False), jnp.int32(0))) == [4, 5]
         # There are as many masks as without it.
-        assert canvas.count(masked_L).tolist() == [4] and canvas.sizes == (6,)
+        assert blocks.count(masked_L).tolist() == [4] and blocks.sizes == (6,)
 
     @often
     @given(layout=layouts(most_blocks=1), size=st.integers(1, 9))
     def test_definition(self, layout, size):
         geo, tokens_L, valid_L = layout
-        canvas, masked = Window(geo, size), slow_masked(*layout)
-        masked_L = masked_of(canvas, tokens_L, valid_L)
+        blocks, masked = Window(geo, size), slow_masked(*layout)
+        masked_L = masked_of(blocks, tokens_L, valid_L)
         assert where(masked_L) == masked
         for block in range(3):
-            eligible_L = canvas.eligible(masked_L, jnp.int32(block))
+            eligible_L = blocks.eligible(masked_L, jnp.int32(block))
             assert where(eligible_L) == slow_eligible(geo, masked, block)[:size]
-        plain = Canvas(geo)
-        assert canvas.count(masked_L).tolist() == plain.count(masked_L).tolist()
-        assert canvas.sizes == plain.sizes
+        plain = Blocks(geo)
+        assert blocks.count(masked_L).tolist() == plain.count(masked_L).tolist()
+        assert blocks.sizes == plain.sizes
 
     @often
     @given(layout=layouts(most_blocks=1), size=st.integers(1, 4), data=st.data())
     def test_slides_until_nothing_is_left(self, layout, size, data):
         """Whatever is filled, what was open stays open, and all masks have their turn."""
         geo, tokens_L, valid_L = layout
-        canvas = Window(geo, size)
-        masked_L, before = masked_of(canvas, tokens_L, valid_L), set()
+        blocks = Window(geo, size)
+        masked_L, before = masked_of(blocks, tokens_L, valid_L), set()
         for _ in range(int(masked_L.sum())):
-            eligible = where(canvas.eligible(masked_L, jnp.int32(0)))
+            eligible = where(blocks.eligible(masked_L, jnp.int32(0)))
             assert before <= set(eligible) and len(eligible) == min(size, int(masked_L.sum()))
             filled = data.draw(st.sampled_from(eligible))
             masked_L, before = masked_L.at[filled].set(False), set(eligible) - {filled}
@@ -198,17 +198,17 @@ class TestWindow:
     def test_is_narrow_where_a_step_wants_more(self):
         for size, most, expected in ((2, 1, False), (2, 2, False), (2, 3, True), (1, 2, True)):
             assert Window(geometry(2, 1, 6, most=most), size).narrow == expected
-            assert not Canvas(geometry(2, 1, 6, most=most)).narrow
+            assert not Blocks(geometry(2, 1, 6, most=most)).narrow
 
 
 @dataclasses.dataclass(frozen=True)
 class Sliding(NoCache):
-    """A cache method that takes the canvas for its own division."""
+    """A cache method that takes the blocks for its own division."""
 
     size: int = 3
 
-    def canvas(self, canvas: Canvas) -> Canvas:
-        return Window(canvas.geo, self.size)
+    def blocks(self, blocks: Blocks) -> Blocks:
+        return Window(blocks.geo, self.size)
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 5], ids="{} a step".format)

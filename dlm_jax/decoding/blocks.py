@@ -1,8 +1,7 @@
 """Which masks a step may fill: the one place that knows of blocks, infilling and windows.
 
-A `Canvas` is asked about one row; it is static, and where a row stands is the index of its block.
-What it hands out is a set of masks, so that neither strategies nor cache methods need to know how a
-canvas is divided.
+`Blocks` are asked about one row; they are static, and where a row stands is the index of its block.
+What they hand out is a set of masks: it reaches strategies and cache methods as `Row.eligible_L`.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ from dlm_jax.typing import Array, Bool, Int
 
 
 @dataclasses.dataclass(frozen=True)
-class Canvas:
+class Blocks:
     """A grid of blocks that are filled from left to right; one block if there is only one.
 
     Masks inside the prompt, where they are to be filled (infilling), belong to the first block.
@@ -61,7 +60,7 @@ class Canvas:
 
 
 @dataclasses.dataclass(frozen=True)
-class Window(Canvas):
+class Window(Blocks):
     """In place of blocks, the leftmost masks: the window slides as they are filled.
 
     Attributes:
