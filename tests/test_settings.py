@@ -354,3 +354,21 @@ def test_the_programs_cover_every_leaf():
         if field.metadata[settings._DTYPE] is not None
     }
     assert told == numbers
+
+
+def test_several_values_can_be_mapped_over():
+    """As docs/architecture.md says."""
+    model, params = small("llada")
+
+    def run(threshold):
+        decode = DecodeConfig(gen_length=8, block_length=4, threshold=threshold)
+        out = diffusion_generate(params, model, prompts(1, 4), key=jax.random.key(0), decode=decode)
+        return out.tokens, out.nfe
+
+    values = (0.2, 0.9)
+    tokens, nfe = jax.vmap(run)(jnp.asarray(values))
+    for i, value in enumerate(values):
+        alone = run(value)
+        np.testing.assert_array_equal(tokens[i], alone[0])
+        assert nfe[i] == alone[1]
+    assert nfe[0] < nfe[1]
