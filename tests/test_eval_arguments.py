@@ -72,7 +72,7 @@ def test_settings_have_others_below_them():
     [
         (dict(cache="kv"), "cache is 'kv'; it must be one of none, "),
         (dict(cache="dllm", cache_args=dict(kq=3)), "The cache 'dllm' has no argument 'kq'; it"),
-        (dict(cache="dllm", cache_args=dict(kp=0)), "kp is 0; it must be at least 1"),
+        (dict(cache="dllm", cache_args=dict(kp=0)), "kp is 0; it must be a whole number from 1 on"),
     ],
 )
 def test_settings_of_no_cache_are_refused(given, words):

@@ -368,7 +368,7 @@ def test_settings_that_cannot_decode_are_refused_before_anything_is_generated(ma
     engine = say("3")
     for given, words in (
         (dict(alg="surest"), "alg is 'surest'"),
-        (dict(cache="dllm", kp=0), "kp is 0; it must be at least 1"),
+        (dict(cache="dllm", kp=0), "kp is 0; it must be a whole number from 1 on"),
         (dict(gen_length=64), "gen_length is 64 for some_task"),
         (dict(gen_length=8, block_length=3), "block_length"),
         (dict(gen_length="eight"), "gen_length is 'eight'; it must not be a text"),

@@ -73,7 +73,10 @@ def test_from_the_command_line(tables, capsys):
         (["--strategy=neighbour", "--strategy-args=relaxed=low"], "relaxed is 'low'; it must be"),
         (["--strategy=neighbor"], "strategy is 'neighbor'; it must be one of surest, threshold"),
         (["--cache=periodic", "--cache-args=often=2"], "no argument 'often'; it takes every."),
-        (["--cache=periodic", "--cache-args=every=0"], "every is 0; it must be at least 1."),
+        (
+            ["--cache=periodic", "--cache-args=every=0"],
+            "every is 0; it must be a whole number from 1 on.",
+        ),
         (["--cache=periodical"], "cache is 'periodical'; it must be one of none, dkv-decode"),
     ],
 )

@@ -193,7 +193,7 @@ def test_short_forms_are_those_of_strategies():
 # --- what a number may be -------------------------------------------------------------------------
 
 NO_NUMBERS = [True, False, np.True_, jnp.asarray(True), np.asarray(False), "0.5", "nan", (0.5,), {}]
-NO_NUMBERS += [1j, jnp.ones(2), np.ones((1, 1))]
+NO_NUMBERS += [None, 1j, jnp.ones(2), np.ones((1, 1))]
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
@@ -253,14 +253,17 @@ def test_whole_numbers():
             settings.check_whole("size", value, 2)
 
 
-def test_none_is_off_and_what_is_traced_is_taken_as_it_is():
-    def check(value: Any) -> None:
-        settings.check_number("size", value, "be small", above=3, most=2)
-        settings.check_confidence("size", value)
-        settings.check_whole("size", value, 10**9)
+def test_none_is_off_where_it_may_be_and_what_is_traced_is_taken_as_it_is():
+    def check(value: Any, **optional: bool) -> None:
+        settings.check_number("size", value, "be small", above=3, most=2, **optional)
+        settings.check_whole("size", value, 10**9, **optional)
 
-    check(None)
+    check(None, optional=True)
     jax.eval_shape(check, jnp.float32(7))
+    jax.eval_shape(lambda value: settings.check_confidence("size", value), jnp.float32(7))
+    for wrong in (True, "7"):  # what is something must be a number all the same
+        with pytest.raises(ValueError, match="it must be a number"):
+            check(wrong, optional=True)
     assert not settings.concrete(None) and settings.concrete(0.0)
     assert not settings.positive(None) and not settings.positive(0.0) and settings.positive(0.1)
 

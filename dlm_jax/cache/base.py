@@ -10,11 +10,10 @@ rows. A contract test compares every row of a batch with itself alone.
 """
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -90,23 +89,6 @@ def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[StepShape, ...]:
     return tuple(map(StepShape, [*capacities, geo.length]))
 
 
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuses a parameter that is no whole number, or less than `least`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} is {value!r}; it must be a whole number.")
-    if int(value) < least:
-        raise ValueError(f"{name} is {value}; it must be at least {least}.")
-
-
-def check_number(name: str, value: object, low: int, high: int | None = None) -> None:
-    """Refuses a parameter that is no number, or outside `[low, high]`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError(f"{name} is {value!r}; it must be a number.")
-    if not low <= float(value) <= (math.inf if high is None else high) or math.isinf(value):
-        wanted = f"be {low} or more" if high is None else f"lie in [{low}, {high}]"
-        raise ValueError(f"{name} is {value}; it must {wanted}.")
-
-
 @dataclasses.dataclass(frozen=True)
 class CacheMethod:
     """Base of all cache methods; fields of a subclass are its parameters.
@@ -124,6 +106,13 @@ class CacheMethod:
     """Whether `readable` goes beyond what the step may fill."""
     needs_order: ClassVar[bool] = False
     """Whether the order of the tokens must be drawn in advance; see `DecodeConfig.for_cache`."""
+
+    def __post_init__(self) -> None:
+        """Refuses arrays: parameters decide the program, which is looked up by their values."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray | jax.Array):
+                raise ValueError(f"{field.name} is {value!r}; it must not be an array.")
 
     @property
     def partial(self) -> bool:

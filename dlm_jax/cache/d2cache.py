@@ -19,12 +19,11 @@ from dlm_jax.cache.base import (
     StepShape,
     attend_cached,
     buckets,
-    check_number,
-    check_whole,
     round_up,
 )
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
+from dlm_jax.decoding.settings import check_number, check_whole
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, sources
 from dlm_jax.queries import Queries
@@ -81,11 +80,10 @@ class D2Cache(CacheMethod):
         return True
 
     def __post_init__(self) -> None:
-        check_number("rollout_p", self.rollout_p, 0, 1)
+        super().__post_init__()
+        check_number("rollout_p", self.rollout_p, "lie in [0, 1]", least=0, most=1)
         check_whole("current_k", self.current_k, 1)
-        check_number("sigma", self.sigma, 0)
-        if self.sigma == 0:
-            raise ValueError("sigma is 0; it must be above 0.")
+        check_number("sigma", self.sigma, "be above 0", above=0)
         check_whole("inflate_w", self.inflate_w, 0)
 
     def check_settings(self, config: Config, decode: DecodeConfig) -> None:

@@ -15,16 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax import ranking
-from dlm_jax.cache.base import (
-    GRAIN,
-    CacheMethod,
-    StepShape,
-    buckets,
-    check_whole,
-    round_up,
-)
+from dlm_jax.cache.base import GRAIN, CacheMethod, StepShape, buckets, round_up
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
+from dlm_jax.decoding.settings import check_whole
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Config, sources
 from dlm_jax.typing import Array, Bool, Int, PyTree
@@ -74,6 +68,7 @@ class DKVDecode(CacheMethod):
     lockstep: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("cache_steps", self.cache_steps, 1)
         _check_shift_type(self.shift_type)
 
@@ -173,6 +168,7 @@ class DKVGreedy(CacheMethod):
     needs_order: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("cache_steps", self.cache_steps, 1)
         check_whole("window_size", self.window_size, 0)
 

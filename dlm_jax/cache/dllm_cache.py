@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
 from dlm_jax import ranking
-from dlm_jax.cache.base import CacheMethod, StepShape, check_number, check_whole
+from dlm_jax.cache.base import CacheMethod, StepShape
 from dlm_jax.decoding.rows import Row
+from dlm_jax.decoding.settings import check_number, check_whole
 from dlm_jax.geometry import Geometry
 from dlm_jax.models.base import Block, Config, LayerFn, plain_layer
 from dlm_jax.queries import Queries
@@ -62,9 +63,10 @@ class DLLMCache(CacheMethod):
     name: ClassVar[str] = "dllm"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_whole("kp", self.kp, 1)
         check_whole("kr", self.kr, 1)
-        check_number("rou", self.rou, 0, 1)
+        check_number("rou", self.rou, "lie in [0, 1]", least=0, most=1)
 
     def changed(self, geo: Geometry) -> int:
         """Response positions that are computed between refreshes."""

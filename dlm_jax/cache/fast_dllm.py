@@ -36,6 +36,7 @@ class Prefix(CacheMethod):
     lockstep: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.block_start not in BLOCK_STARTS:
             raise ValueError(
                 f"block_start is {self.block_start!r}; it must be one of {', '.join(BLOCK_STARTS)}."

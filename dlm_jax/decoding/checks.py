@@ -51,21 +51,20 @@ def _check_numbers(decode: "DecodeConfig") -> None:
         optional = name in ("block_length", "steps")
         if not (isinstance(value, Integral) or (optional and value is None)) or value is True:
             raise ValueError(f"{name} is {value}; it must be a whole number.")
-    for name in ("num_transfer_tokens", "max_forwards", "top_k"):
-        check_whole(name, getattr(decode, name), 1)
+    check_whole("num_transfer_tokens", decode.num_transfer_tokens, 1)
+    for name in ("max_forwards", "top_k"):
+        check_whole(name, getattr(decode, name), 1, optional=True)
     if not isinstance(decode.suppress, tuple) or not all(
         isinstance(token, Integral) for token in decode.suppress
     ):
         raise ValueError(f"suppress is {decode.suppress!r}; it must be a tuple of token ids.")
     if not 0.0 < decode.eps < 1.0:
         raise ValueError(f"eps is {decode.eps}; it must lie between 0 and 1.")
-    check_number("top_p", decode.top_p, "lie in (0, 1]", above=0, most=1)
+    check_number("top_p", decode.top_p, "lie in (0, 1]", above=0, most=1, optional=True)
     for name in ("temperature", "alg_temp", "cfg_scale"):
-        check_number(name, getattr(decode, name), "be 0 or above", least=0)
-    if decode.clip_alpha is None:
-        raise ValueError("clip_alpha is None; it must be a number.")
-    for name in ("sigma", "clip_alpha"):
-        check_number(name, getattr(decode, name), "be above 0", above=0, most=math.inf)
+        check_number(name, getattr(decode, name), "be 0 or above", least=0, optional=True)
+    check_number("sigma", decode.sigma, "be above 0", above=0, most=math.inf, optional=True)
+    check_number("clip_alpha", decode.clip_alpha, "be above 0", above=0, most=math.inf)
 
 
 def _check_strategy(decode: "DecodeConfig") -> None:

@@ -109,8 +109,9 @@ def check_number(
     least: float | int = -sys.float_info.max,
     above: float | int = -math.inf,
     most: float | int = sys.float_info.max,
+    optional: bool = False,
 ) -> None:
-    """Refuses what is no number, or known not to lie within limits; None is fine.
+    """Refuses what is no number, or known not to lie within limits.
 
     Args:
       name: what the user calls it.
@@ -119,8 +120,9 @@ def check_number(
       least: a limit that is within, ...
       above: ... or one that is not.
       most: a limit that is within; infinite numbers are refused unless a limit is.
+      optional: whether None is fine, which means off.
     """
-    if not concrete(value):
+    if isinstance(value, Tracer) or (optional and value is None):
         return
     if not _is_one(value, numbers.Real, jnp.integer, jnp.floating):
         raise ValueError(f"{name} is {value!r}; it must be a number.")
@@ -137,13 +139,13 @@ def _is_one(value: Any, kind: type, *dtypes: Any) -> bool:
 
 
 def check_confidence(name: str, value: Number) -> None:
-    """Refuses what is no finite number; None is fine."""
+    """Refuses what is no finite number."""
     check_number(name, value, "be a confidence")
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuses what is no whole number, or known to be less than `least`; None is fine."""
-    if not concrete(value):
+def check_whole(name: str, value: Any, least: int, *, optional: bool = False) -> None:
+    """Refuses what is no whole number, or known to be less than `least`; see `check_number`."""
+    if isinstance(value, Tracer) or (optional and value is None):
         return
     if not _is_one(value, numbers.Integral, jnp.integer) or value < least:
         raise ValueError(f"{name} is {value}; it must be a whole number from {least} on.")

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import ClassVar
 
-from dlm_jax.cache.base import CacheMethod, buckets, check_whole
+from dlm_jax.cache.base import CacheMethod, buckets
+from dlm_jax.decoding.settings import check_whole
 from dlm_jax.models.base import sources
 
 
@@ -16,6 +17,7 @@ class Periodic(CacheMethod):
     name: ClassVar[str] = "periodic"
 
     def __post_init__(self):
+        super().__post_init__()
         check_whole("every", self.every, 1)
 
     def step_shapes(self, geo):
