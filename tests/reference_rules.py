@@ -31,7 +31,7 @@ def proposal(score_L: jax.Array, eligible_L: jax.Array) -> Proposal:
         candidate_L=eligible_L,
         confidence_L=score_L,
         score_L=score_L,
-        wanted=(),
+        kept=(),
         slot_W=slot_L,
         chance=Chance(jax.random.key(0), jnp.int32(0), slot_L),
         level=lambda confidence: confidence,

@@ -147,20 +147,24 @@ def test_always_fresh_equals_no_cache(method):
 )
 def test_rows_alone_and_in_a_batch(method, family):
     """Every row: tokens, history, computed sets and confidences, whatever the layers see."""
-    together = generate(family, method)
-    for row, pad in enumerate((2, 0)):
-        one = slice(row, row + 1)
-        alone = generate(family, method, PROMPT[one, pad:], None, key=KEYS[one])
-        n = int(alone.nfe)
-        np.testing.assert_array_equal(together.tokens[row, pad:], alone.tokens[0])
-        np.testing.assert_array_equal(together.history[:n, row, pad:], alone.history[:n, 0])
-        np.testing.assert_array_equal(together.computed[:n, row, pad:], alone.computed[:n, 0])
+
+    def check(row, pad, other, place):
+        n = int(other.nfe)
+        np.testing.assert_array_equal(together.tokens[row, pad:], other.tokens[place])
+        np.testing.assert_array_equal(together.history[:n, row, pad:], other.history[:n, place])
+        np.testing.assert_array_equal(together.computed[:n, row, pad:], other.computed[:n, place])
         np.testing.assert_array_equal(
-            together.computed_layers[:n, row, :, pad:], alone.computed_layers[:n, 0]
+            together.computed_layers[:n, row, :, pad:], other.computed_layers[:n, place]
         )
         np.testing.assert_allclose(
-            together.confidence[row, pad:], alone.confidence[0], rtol=1e-4, atol=1e-6
+            together.confidence[row, pad:], other.confidence[place], rtol=1e-4, atol=1e-6
         )
+
+    together = generate(family, method)
+    check(0, 2, generate(family, method, PROMPT[:1, 2:], None, key=KEYS[:1]), 0)
+    # The other row beside another neighbour, in the other place: the same compiled program.
+    moved = np.stack([PROMPT[1], prompts(1, 6, seed=9)[0]])
+    check(1, 0, generate(family, method, moved, np.ones((2, 6), bool), key=KEYS[::-1]), 0)
     assert not together.computed[:, 0, :2].any(), "padding is never computed"
 
 

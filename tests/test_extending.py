@@ -29,7 +29,7 @@ def tables(monkeypatch):
     monkeypatch.setitem(cache.METHODS, Periodic.name, Periodic)
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", pytest.param("dream", marks=pytest.mark.slow)])
 def test_from_python(family, tables):
     model, params = small(family)
     prompt, keys = prompts(2, 6), jax.random.split(jax.random.key(0), 2)
@@ -86,6 +86,7 @@ def test_wrong_arguments(argv, sentence, tables, capsys):
     assert not out and sentence in err
 
 
+@pytest.mark.slow
 def test_rows_and_numbers_need_no_care(tables):
     """Rows do not see each other, and another value of an argument compiles nothing."""
     model, params = small("llada")
@@ -112,18 +113,17 @@ def test_rows_and_numbers_need_no_care(tables):
 def test_a_file_and_a_line_are_all(tmp_path):
     """In a copy of the package, by the command as users start it."""
     shutil.copytree(ROOT / "dlm_jax", tmp_path / "dlm_jax")
-    for toy, room, table in (
-        ("neighbour.Neighbour", "decoding/strategies", "Surest"),
-        ("periodic.Periodic", "cache", "NoCache"),
+    for toy, room, first in (
+        ("neighbour.Neighbour", "decoding/strategies", '"surest": "surest.Surest"'),
+        ("periodic.Periodic", "cache", '"none": "none.NoCache"'),
     ):
-        module, name = toy.split(".")
+        module = toy.partition(".")[0]
         folder = tmp_path / "dlm_jax" / room
         shutil.copy(ROOT / "tests" / "toys" / f"{module}.py", folder)
-        package = f"dlm_jax.{room.replace('/', '.')}"
         text = (folder / "__init__.py").read_text()
-        line = f"        __import__('{package}.{module}', fromlist=['{name}']).{name},\n"
-        assert text.count(f"        {table},\n") == 1
-        text = text.replace(f"        {table},\n", f"        {table},\n{line}")
+        assert text.count(f"        {first},\n") == 1
+        line = f'        "{module}": "{toy}",\n'
+        text = text.replace(f"        {first},\n", f"        {first},\n{line}")
         (folder / "__init__.py").write_text(text)
     done = subprocess.run(
         [sys.executable, "-m", "dlm_jax.generate", *ASKED],

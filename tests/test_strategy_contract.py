@@ -10,13 +10,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from dlm_jax.decoding.canvas import Canvas
 from strategy_table import KEYS, MASK, ROWS, padding, run
 from tiny_models import prompts, small, small_config
 
 from dlm_jax import cache
 from dlm_jax.cache import CacheMethod
 from dlm_jax.decoding import strategies, termination
+from dlm_jax.decoding.blocks import Blocks
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_stream
 
@@ -94,8 +94,8 @@ def test_everything_is_filled_and_nothing_else_is_changed(name):
     np.testing.assert_array_equal(out.tokens, out.history[-1])
     assert (out.history[:, :, :WIDTH] == PROMPT).all()
     assert (out.committed_at[:, :WIDTH] == -1).all() and (out.committed_at[:, WIDTH:] >= 0).all()
-    canvas = method.canvas(Canvas(decode.geometry(prompt=WIDTH, shift=0)))
-    assert out.nfe <= termination.most_forwards(decode, method, canvas)
+    blocks = method.blocks(Blocks(decode.geometry(prompt=WIDTH, shift=0)))
+    assert out.nfe <= termination.most_forwards(decode, method, blocks)
     begun = np.pad(PROMPT, ((0, 0), (0, GEN)), constant_values=MASK)
     before, after = np.concatenate([begun[None], out.history[:-1]]), out.history
     if not strategy.revokes:

@@ -1,14 +1,17 @@
 """Cache methods by name. A new method is one module and one line in `METHODS`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_jax.cache.base import CacheMethod
-from dlm_jax.cache.d2cache import D2Cache
-from dlm_jax.cache.dkv import DKVPD, DKVDecode, DKVGreedy, DKVPrefill
-from dlm_jax.cache.dllm_cache import DLLMCache
-from dlm_jax.cache.fast_dllm import Dual, Prefix
-from dlm_jax.cache.none import NoCache
+from dlm_jax.decoding.table import Table
+
+if TYPE_CHECKING:
+    from dlm_jax.cache.base import CacheMethod
+    from dlm_jax.cache.d2cache import D2Cache
+    from dlm_jax.cache.dkv import DKVPD, DKVDecode, DKVGreedy, DKVPrefill
+    from dlm_jax.cache.dllm_cache import DLLMCache
+    from dlm_jax.cache.fast_dllm import Dual, Prefix
+    from dlm_jax.cache.none import NoCache
 
 __all__ = [
     "METHODS",
@@ -25,24 +28,28 @@ __all__ = [
     "make",
 ]
 
-METHODS: dict[str, type[CacheMethod]] = {
-    method.name: method
-    for method in (
-        NoCache,
-        DKVDecode,
-        DKVGreedy,
-        DKVPrefill,
-        DKVPD,
-        Prefix,
-        Dual,
-        DLLMCache,
-        D2Cache,
-    )
-}
+METHODS: "Table[type[CacheMethod]]" = Table(
+    __name__,
+    {
+        "none": "none.NoCache",
+        "dkv-decode": "dkv.DKVDecode",
+        "dkv-greedy": "dkv.DKVGreedy",
+        "dkv-prefill": "dkv.DKVPrefill",
+        "dkv-pd": "dkv.DKVPD",
+        "prefix": "fast_dllm.Prefix",
+        "dual": "fast_dllm.Dual",
+        "dllm": "dllm_cache.DLLMCache",
+        "d2cache": "d2cache.D2Cache",
+    },
+)
 """Name -> class."""
 
 
-def make(name: str, **parameters: Any) -> CacheMethod:
+def __getattr__(name: str) -> Any:
+    return METHODS.export(name, {"CacheMethod": "base.CacheMethod"})
+
+
+def make(name: str, **parameters: Any) -> "CacheMethod":
     """A cache method by name.
 
     Raises:

@@ -1,16 +1,19 @@
 """Decoding strategies by name. A new strategy is one module and one line in `STRATEGIES`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dlm_jax.decoding.strategies.base import Rule, Strategy
-from dlm_jax.decoding.strategies.entropy_bound import EntropyBound
-from dlm_jax.decoding.strategies.factor import Factor
-from dlm_jax.decoding.strategies.klass import Klass
-from dlm_jax.decoding.strategies.order import Origin, Random
-from dlm_jax.decoding.strategies.surest import Surest
-from dlm_jax.decoding.strategies.threshold import Threshold
-from dlm_jax.decoding.strategies.wino import Wino
+from dlm_jax.decoding.table import Table
+
+if TYPE_CHECKING:
+    from dlm_jax.decoding.strategies.base import Rule, Strategy
+    from dlm_jax.decoding.strategies.entropy_bound import EntropyBound
+    from dlm_jax.decoding.strategies.factor import Factor
+    from dlm_jax.decoding.strategies.klass import Klass
+    from dlm_jax.decoding.strategies.order import Origin, Random
+    from dlm_jax.decoding.strategies.surest import Surest
+    from dlm_jax.decoding.strategies.threshold import Threshold
+    from dlm_jax.decoding.strategies.wino import Wino
 
 __all__ = [
     "STRATEGIES",
@@ -29,23 +32,27 @@ __all__ = [
     "shorthands",
 ]
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    strategy.name: strategy
-    for strategy in (
-        Surest,
-        Threshold,
-        Factor,
-        EntropyBound,
-        Klass,
-        Wino,
-        Random,
-        Origin,
-    )
-}
+STRATEGIES: "Table[type[Strategy]]" = Table(
+    __name__,
+    {
+        "surest": "surest.Surest",
+        "threshold": "threshold.Threshold",
+        "factor": "factor.Factor",
+        "entropy-bound": "entropy_bound.EntropyBound",
+        "klass": "klass.Klass",
+        "wino": "wino.Wino",
+        "random": "order.Random",
+        "origin": "order.Origin",
+    },
+)
 """Name -> class."""
 
 
-def shorthands() -> dict[str, type[Strategy]]:
+def __getattr__(name: str) -> Any:
+    return STRATEGIES.export(name, {"Strategy": "base.Strategy", "Rule": "base.Rule"})
+
+
+def shorthands() -> "dict[str, type[Strategy]]":
     """Parameters of `DecodeConfig` that choose a strategy and give its only parameter."""
     return {s.shorthand: s for s in STRATEGIES.values() if s.shorthand is not None}
 
@@ -64,7 +71,7 @@ def arguments(name: str) -> tuple[str, ...]:
     return (*shorthands(), *(field for field in fields if field != "rule"))
 
 
-def make(name: str, **given: Any) -> Strategy:
+def make(name: str, **given: Any) -> "Strategy":
     """A strategy by name.
 
     A strategy with a field `rule` takes the shorthand of one instead: `make("klass",
@@ -90,7 +97,7 @@ def make(name: str, **given: Any) -> Strategy:
     return STRATEGIES[name](**own)
 
 
-def by_shorthand(given: dict[str, Any]) -> Strategy:
+def by_shorthand(given: dict[str, Any]) -> "Strategy":
     """The strategy that a shorthand stands for.
 
     Raises:
