@@ -427,7 +427,7 @@ def test_turns_change_nothing(family, method, cfg_scale, monkeypatch, request):
 @pytest.mark.parametrize("wide", ["whole", "in_turns"])
 @pytest.mark.parametrize(
     "method",
-    some(map(make, cache_lib.METHODS), {"dkv-decode", "dual", "dllm", "d2cache"}),
+    some(map(make, cache_lib.METHODS), {"dual", "dllm", "d2cache"}),
     ids=name_of,
 )
 def test_no_cache_is_copied_inside_a_loop(method, wide, request):

@@ -231,8 +231,11 @@ def test_masks_anywhere_in_the_prompt_are_filled(name):
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        *((name, "llada") for name in ("prefix", "d2cache")),
-        *(pytest.param(name, "llada", marks=pytest.mark.slow) for name in ("dkv-decode", "dkv-pd")),
+        ("d2cache", "llada"),
+        *(
+            pytest.param(name, "llada", marks=pytest.mark.slow)
+            for name in ("prefix", "dkv-decode", "dkv-pd")
+        ),
         pytest.param("d2cache", "dream", marks=pytest.mark.slow),
         # Their step shapes are exactly what they ask for.
         *(

@@ -141,6 +141,7 @@ def test_a_killed_run_goes_on_where_it_stopped(argv, whole, tmp_path, monkeypatc
     assert len(batches) == LIMIT - known
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(argv, whole, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -159,6 +160,7 @@ def test_two_processes_share_the_work(argv, whole, tmp_path):
     check_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_weights_may_be_copied_to_each_host(tmp_path):
     """Sizes and contents are the same, times are not."""
     with socket.socket() as free:
@@ -192,6 +194,7 @@ def test_what_one_process_refuses_all_refuse():
     assert all("data=7" in err and "(process 1)" in err for _, err in told)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_texts_of_one(argv, whole, tmp_path):
     argv = [*argv, "--mesh=data=4,model=2", "--batch-size=2", f"--output={tmp_path}"]
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
