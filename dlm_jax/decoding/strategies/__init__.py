@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from dlm_jax.decoding.strategies.entropy_bound import EntropyBound
     from dlm_jax.decoding.strategies.factor import Factor
     from dlm_jax.decoding.strategies.klass import Klass
-    from dlm_jax.decoding.strategies.order import Origin, Random
+    from dlm_jax.decoding.strategies.origin import Origin
+    from dlm_jax.decoding.strategies.random_order import Random
     from dlm_jax.decoding.strategies.surest import Surest
     from dlm_jax.decoding.strategies.threshold import Threshold
     from dlm_jax.decoding.strategies.wino import Wino
@@ -41,8 +42,8 @@ STRATEGIES: "Table[type[Strategy]]" = Table(
         "entropy-bound": "entropy_bound.EntropyBound",
         "klass": "klass.Klass",
         "wino": "wino.Wino",
-        "random": "order.Random",
-        "origin": "order.Origin",
+        "random": "random_order.Random",
+        "origin": "origin.Origin",
     },
 )
 """Name -> class."""

@@ -1,4 +1,4 @@
-"""Orders that confidence has no say in: drawn in advance, or every mask by itself."""
+"""An order of the positions that confidence has no say in."""
 
 from typing import ClassVar
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dlm_jax import ranking
-from dlm_jax.decoding.rows import CHOICE, Proposal, Row
+from dlm_jax.decoding.rows import Proposal, Row
 from dlm_jax.decoding.settings import check_flag, settings
 from dlm_jax.decoding.strategies.base import Strategy
 from dlm_jax.geometry import Geometry
@@ -55,20 +55,3 @@ class Random(Strategy):
     ) -> tuple[PyTree, Bool[Array, " L"]]:
         chosen_L = ranking.top(-row.order_L, proposal.candidate_L, row.least)
         return jax.tree.map(lambda passed_L: passed_L | chosen_L, memory), chosen_L
-
-
-@settings
-class Origin(Strategy):
-    """Commits every mask by itself, as probably as the timestep says (Dream's `origin`)."""
-
-    name: ClassVar[str] = "origin"
-    as_alg: ClassVar[bool] = True
-    schedules: ClassVar[tuple[str, ...]] = ("timestep",)
-    exact: ClassVar[bool] = False
-    ranks: ClassVar[bool] = False
-    drawn: ClassVar[bool] = True
-
-    def choose(
-        self, memory: PyTree, row: Row, proposal: Proposal, geo: Geometry
-    ) -> tuple[PyTree, Bool[Array, " L"]]:
-        return memory, proposal.candidate_L & (proposal.chance.uniform_L(CHOICE) <= row.share)
