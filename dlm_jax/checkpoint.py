@@ -23,11 +23,12 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from dlm_jax import models, weight_files
+from dlm_jax import models
 from dlm_jax.models import Config, Transformer, hf
 from dlm_jax.tokenizer import open_tokenizer
 from dlm_jax.typing import Array, Params, PyTree
-from dlm_jax.weight_files import Tensor, read_json
+from dlm_jax.weights import files as weight_files
+from dlm_jax.weights.files import Tensor, read_json
 
 CONFIG, METADATA, PARAMS = "config.json", "checkpoint.json", "params"
 FORMAT_VERSION = 1

@@ -18,7 +18,8 @@ from make_synthetic_checkpoint import write_checkpoint
 from places import CHECKPOINTS, ROOT
 from tiny_models import small_config
 
-from dlm_jax import checkpoint, models, weight_files
+from dlm_jax import checkpoint, models
+from dlm_jax.weights import files as weight_files
 
 NAMES = ["llada-tiny", "dream-tiny"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None

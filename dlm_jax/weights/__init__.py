@@ -1,0 +1,1 @@
+"""Where weights come from, below `dlm_jax.checkpoint`: files, the hub, adapters."""
