@@ -114,9 +114,9 @@ def test_the_help_lists_all_caches_schedules_and_strategies(capsys):
     with pytest.raises(SystemExit):
         generate.parse(["--help"])
     told = "".join(capsys.readouterr().out.split())  # lines break at hyphens
-    assert all(name in told.split("--cacheNAME")[-1][:120] for name in cache.METHODS)
+    assert told.split("--cacheNAME")[-1].startswith(",".join(cache.METHODS))
     assert all(name in told.split("--scheduleNAME")[-1][:80] for name in SCHEDULES)
-    assert all(name in told.split("--strategyNAME")[-1][:100] for name in STRATEGIES)
+    assert ",".join(STRATEGIES) in told.split("--strategyNAME")[-1]
 
 
 def test_a_cache_computes_less(model, capsys):

@@ -1,6 +1,6 @@
-"""What every decoding strategy must keep, run over the strategy table.
+"""What every decoding strategy must keep, run over `STRATEGIES`.
 
-A strategy that is added to the table is tested from then on; `EXAMPLES` holds arguments for those
+A strategy that is added there is tested from then on; `EXAMPLES` holds arguments for those
 that need other ones than 0.5 for every number without a default. All calls of a strategy share
 their shapes, so that they share their compiled programs.
 """

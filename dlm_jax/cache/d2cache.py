@@ -31,7 +31,7 @@ from dlm_jax.ranking import certainty_density
 from dlm_jax.typing import Array, Bool, Float, Int
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """Memory of one row."""
 
     selected_L: Bool[Array, " L"]
@@ -102,10 +102,10 @@ class D2Cache(CacheMethod):
         sizes = (int(most * share) for share in (0.3, 0.45, 0.6, 0.8, 1.0))
         return buckets((round_up(size) for size in sizes), geo)
 
-    def init(self, geo: Geometry) -> Choice:
-        return Choice(jnp.ones(geo.length, bool), jnp.zeros(geo.length, jnp.float32))
+    def init(self, geo: Geometry) -> Selection:
+        return Selection(jnp.ones(geo.length, bool), jnp.zeros(geo.length, jnp.float32))
 
-    def select(self, memory: Choice, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+    def select(self, memory: Selection, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         # Masks inside the prompt are not for the two stages to choose. And whatever they chose,
         # there must be something to fill.
         needed_L = sources(row.next_L, row.valid_L, geo.shift)
@@ -114,11 +114,11 @@ class D2Cache(CacheMethod):
         stuck = ~jnp.any(memory.selected_L & needed_L)
         return memory.selected_L | infill_L | (needed_L & stuck)
 
-    def readable(self, memory: Choice, row: Row, geo: Geometry) -> Bool[Array, " L"]:
+    def readable(self, memory: Selection, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         del memory, geo
         return row.masked_L
 
-    def observe(self, memory: Choice, row: Row, obs: Observation, geo: Geometry) -> Choice:
+    def observe(self, memory: Selection, row: Row, obs: Observation, geo: Geometry) -> Selection:
         prompt = geo.prompt
         slot_G = jnp.arange(geo.gen)
         masked_G = (row.masked_L & (obs.tokens_L == row.tokens_L))[prompt:]
@@ -146,7 +146,7 @@ class D2Cache(CacheMethod):
             selected_L = jnp.where(end_L, needed_L, selected_L)
         if self.inflate_w:
             selected_L = _fill_gaps(selected_L, self.inflate_w)
-        return Choice(selected_L, confidence_L)
+        return Selection(selected_L, confidence_L)
 
     def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> Rollout:
         del row

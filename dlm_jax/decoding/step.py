@@ -19,7 +19,7 @@ from dlm_jax.typing import Array, Bool, Int, PyTree
 
 
 def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
-    """One denoising step: computes the selected positions, commits tokens, chooses the next set."""
+    """One denoising step: computes what was selected, commits tokens, selects anew."""
     mask_id, rows = setup.model.config.mask_id, state.rows
 
     # What the model would put where.
