@@ -42,7 +42,8 @@ class Result:
       positions: positions that a forward computed per row, mean over rows and forwards.
       tokens_per_forward: tokens that a row committed in each forward in which it had something to
         fill, those behind the end of the answer included; mean over the rows.
-      compile_seconds: time spent on tracing and compiling; 0 if the program was there already.
+      compile_seconds: time spent on tracing and compiling since the last batch; 0 if the program
+        was there already.
       seconds: time spent on decoding.
     """
 

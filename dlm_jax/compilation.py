@@ -6,6 +6,7 @@ no business to write files unasked, so importing `dlm_jax` switches nothing on; 
 """
 
 import contextlib
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,27 @@ def memory_mib(program: Any) -> dict[str, float]:
         temporaries_mib=temporaries / 2**20,
         program_mib=total / 2**20,
     )
+
+
+def free_mib(device: Any) -> float:
+    """Memory of a device that nothing uses yet, in MiB; of a CPU, what this process may still take.
+
+    Infinite where nobody knows.
+    """
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        limit = stats.get("bytes_limit")
+        return math.inf if limit is None else (limit - stats.get("bytes_in_use", 0)) / 2**20
+    found = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        found.append(int(fields["MemAvailable"].split()[0]) / 2**10)
+    with contextlib.suppress(OSError, ValueError):  # a container may have less
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        found.append((int(limit) - int(used)) / 2**20)
+    return min(found)
 
 
 def _private_folder() -> Path:

@@ -35,8 +35,19 @@ class PromptError(ValueError):
     """A prompt that the model cannot take; one sentence says why."""
 
 
-def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConfig) -> None:
+def check_rows(
+    rows: Sequence[Sequence[int]],
+    config: Config,
+    decode: DecodeConfig,
+    titles: Sequence[str] | None = None,
+) -> None:
     """Refuses prompts that the model cannot take.
+
+    Args:
+      rows: token ids.
+      config: of the model.
+      decode: decoding settings.
+      titles: what errors call the rows; None names them by their numbers.
 
     Raises:
       PromptError: names the first row that is empty, too long, holds an id that is not in
@@ -44,6 +55,8 @@ def check_rows(rows: Sequence[Sequence[int]], config: Config, decode: DecodeConf
     """
     for number, row in enumerate(rows, 1):
         which = "The prompt" if len(rows) == 1 else f"Prompt {number}"
+        if titles is not None:
+            which = titles[number - 1]
         if not row:
             raise PromptError(f"{which} is empty; it must hold at least one token.")
         if min(row) < 0 or max(row) >= config.vocab_size:
@@ -131,6 +144,8 @@ class Engine:
         self._history = history
         self._progress = progress
         self._programs: dict[tuple[tuple[int, ...], ...], list[Any]] = {}
+        self._unreported = 0.0
+        """Seconds spent on compiling that no result tells yet."""
         self._warm: set[tuple[tuple[int, ...], ...]] = set()
         """Shapes of prompts and keys for which the steps of a watched batch are compiled."""
 
@@ -146,6 +161,8 @@ class Engine:
         rows: Sequence[Sequence[int]],
         key: jax.Array,
         draw: Callable[[Snapshot], None] | None = None,
+        *,
+        shape: tuple[int, int] = (1, 1),
     ) -> Result:
         """Answers all rows as one batch.
 
@@ -155,6 +172,8 @@ class Engine:
           draw: called after every model forward. The answers are the same with and without it, but
             the forwards are then compiled calls of their own. The time spent in it does not count.
             Not for a batch that is divided over a mesh.
+          shape: sequences and prompt slots to which the batch is filled up, with copies that get no
+            answer and with padding, so that batches share a program. With `draw` nothing is copied.
 
         Raises:
           PromptError: see `check_rows`.
@@ -163,33 +182,64 @@ class Engine:
         config = self.checkpoint.config
         check_rows(rows, config, self.decode)
         room = config.room(self.decode.gen_length)
-        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, limit=room)
+        count, slots = shape
+        bucket = tokenizer_lib.slots(slots) if slots > 1 else tokenizer_lib.BUCKET
+        ids_BP, mask_BP = tokenizer_lib.pad(rows, config.pad_id, bucket=bucket, limit=room)
         if draw is not None:
             return self._stepwise(rows, ids_BP, mask_BP, key, draw)
 
-        given = self._arguments(_Batch(ids_BP, mask_BP, key))
+        given = self._arguments(_Batch(ids_BP, mask_BP, key), count)
+        programs, compile_seconds = self._compiled(given), self._unreported
+        self._unreported = 0.0
         start = time.perf_counter()
+        with self._progress("denoising"):
+            parts = sharding.at_once(programs, given)
+        return self._gather(parts, rows, compile_seconds, time.perf_counter() - start)
+
+    def reserve(self, shape: tuple[int, int]) -> float:
+        """Compiles the program for batches of a shape, with a key per row.
+
+        Args:
+          shape: sequences and prompt slots, as in `run`.
+
+        Returns:
+          MiB that it needs on a device beside parameters and prompts.
+        """
+        count, slots = shape
+        config = self.checkpoint.config
+        row = [config.pad_id] * min(slots, config.room(self.decode.gen_length))
+        bucket = tokenizer_lib.slots(slots)
+        ids_BP, mask_BP = tokenizer_lib.pad([row], config.pad_id, bucket=bucket, limit=len(row))
+        keys = jax.random.split(jax.random.key(0), 1)
+        programs = self._compiled(self._arguments(_Batch(ids_BP, mask_BP, keys), count))
+        needs = [compilation.memory_mib(program) for program in programs]
+        return max(need["program_mib"] - need["arguments_mib"] for need in needs)
+
+    def _compiled(self, given: list[tuple[Params, _Batch]]) -> list[Any]:
+        """The programs for such arguments."""
         shapes = tuple(leaf.shape for leaf in given[0][1])
         if shapes not in self._programs:
+            start = time.perf_counter()
             with self._progress("compiling"):
                 self._programs[shapes] = [
                     self._compile(i, arguments) for i, arguments in enumerate(given)
                 ]
-        compiled = time.perf_counter()
-        with self._progress("denoising"):
-            parts = sharding.at_once(self._programs[shapes], given)
-        done = time.perf_counter()
-        return self._gather(parts, rows, compiled - start, done - compiled)
+            self._unreported += time.perf_counter() - start
+        return self._programs[shapes]
 
-    def _arguments(self, batch: _Batch) -> list[tuple[Params, _Batch]]:
-        """What each program is called with: parameters, and some rows of the batch."""
+    def _arguments(self, batch: _Batch, count: int) -> list[tuple[Params, _Batch]]:
+        """What each program is called with: parameters, and some of at least `count` rows."""
+        rows = len(batch.ids_BP)
+        count = max(rows, count)
+        if self.mesh is not None:  # every part has as many
+            count += -count % self.mesh.shape[sharding.DATA]
+        if count > rows or self.mesh is not None:
+            filled = np.minimum(np.arange(count), rows - 1)
+            batch = batch._replace(key=row_keys(batch.key, rows))
+            batch = jax.tree.map(lambda leaf: leaf[filled], batch)
         if self.mesh is None:
             return [(self._params[0], batch)]
-        rows = len(batch.ids_BP)
-        batch = batch._replace(key=row_keys(batch.key, rows))
-        # Copies of the last row, until every part has as many.
-        filled = np.minimum(np.arange(rows + -rows % self.mesh.shape[sharding.DATA]), rows - 1)
-        shares = sharding.split_rows(jax.tree.map(lambda leaf: leaf[filled], batch), self._islands)
+        shares = sharding.split_rows(batch, self._islands)
         return list(zip(self._params, shares, strict=True))
 
     def _compile(self, i: int, arguments: tuple[Params, _Batch]) -> Any:

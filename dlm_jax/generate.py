@@ -13,36 +13,34 @@ This module knows the options and the prompts they point to, and imports nothing
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dlm_jax import compilation, files
-from dlm_jax.cli import options
+from dlm_jax.cli import options, output, prompts
 
 PROGRAM = "dlm-jax-generate"
-QUESTION = "Tom has 7 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
-"""What it is asked without a prompt."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
     return options.command(
-        PROGRAM, functools.partial(_prepare, args), memory="take fewer or shorter prompts"
+        PROGRAM,
+        functools.partial(_prepare, args),
+        memory="lower --batch-size, or take shorter prompts",
     )
 
 
 def _prepare(args: argparse.Namespace) -> Callable[[], None]:
     check(args)
-    texts = read_texts(args) if not args.interactive and args.prompt_ids is None else []
-    rows = read_ids(args.prompt_ids) if args.prompt_ids is not None else []
+    given = [] if args.interactive else prompts.read(args)
 
     from dlm_jax.cli.run import Job
 
     compilation.use_cache(args.compile_cache)
-    job = Job.prepare(args, texts, rows)
+    job = Job.prepare(args, given)
     return job.converse if args.interactive else job.answer
 
 
@@ -57,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     options.add_model(parser.add_argument_group("model").add_argument)
 
-    add = parser.add_argument_group("prompts; several make one batch").add_argument
+    add = parser.add_argument_group("prompts").add_argument
     add("words", nargs="*", metavar="PROMPT", help="a prompt; - reads it from standard input")
     add("--prompt", action="append", default=[], metavar="TEXT", help="the same; may be repeated")
     add(
@@ -65,8 +63,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FILE",
-        help="a file that is one prompt, or FILE.jsonl with a JSON string, or an object with a "
-        "'prompt', on every line; may be repeated",
+        help="a file that is one prompt, or a list of them as JSON lines or JSON: strings, or "
+        "objects with a 'prompt', 'messages' or 'prompt_ids', and perhaps an 'id', a 'seed' and a "
+        "'gen_length'; may be repeated",
+    )
+    add(
+        "--prompt-format",
+        choices=prompts.FORMATS,
+        help="what files and standard input are: one prompt, a prompt or a JSON value on every "
+        "line, a JSON list [by the name, else by the content]",
+    )
+    add(
+        "--skip-invalid",
+        action="store_true",
+        help="leave out prompts of a list that are wrong; their answers are an 'error'",
     )
     add(
         "--prompt-ids",
@@ -106,7 +116,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.add_cache(parser.add_argument_group("cache").add_argument)
 
     add = parser.add_argument_group("output").add_argument
-    add("--json", action="store_true", help="one JSON object per prompt and line")
+    add(
+        "--json",
+        action="store_true",
+        dest="as_json",
+        help="one JSON object per prompt and line",
+    )
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the answers there and not to standard output; FILE.jsonl as with --json",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with the answers that an interrupted run kept for --output",
+    )
+    add(
+        "--batch-size",
+        type=options.whole,
+        metavar="N",
+        help="prompts at a time [as many as the memory holds, 16 on a CPU]",
+    )
     add(
         "--stop",
         action="append",
@@ -130,97 +162,36 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: one sentence.
     """
-    prompts = bool(args.words or args.prompt or args.prompt_file)
+    given = bool(args.words or args.prompt or args.prompt_file)
     if args.prompt_ids is not None:
-        if prompts:
+        if given:
             raise ValueError("--prompt-ids stands for all prompts; give no others beside it.")
         if args.chat:
             raise ValueError("--prompt-ids are taken as they are; leave --chat out.")
     if args.interactive:
-        for given, option in (
-            (prompts, "prompts"),
+        for wanted, option in (
+            (given, "prompts"),
             (args.prompt_ids, "--prompt-ids"),
-            (args.json, "--json"),
+            (args.as_json, "--json"),
+            (args.output, "--output"),
+            (args.batch_size, "--batch-size"),
             (args.history, "--history"),
             (args.infill, "--infill"),
         ):
-            if given:
+            if wanted:
                 raise ValueError(f"--interactive asks for its prompts; {option} cannot go with it.")
     if "" in args.stop:
         raise ValueError("--stop is empty; it must be the text at which to cut.")
     options.check(args)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    if args.resume and args.output is None:
+        raise ValueError("--resume goes on with the answers of a file; name it with --output.")
+    if args.output is not None:
+        output.check(args.output, resume=args.resume)
+        args.as_json = args.as_json or args.output.suffix in (".json", ".jsonl", ".ndjson")
     if args.history is not None:
         files.check_target(args.history, "--history")
-
-
-def read_texts(args: argparse.Namespace) -> list[str]:
-    """The prompts: positional, --prompt, --prompt-file, in this order; without any the default.
-
-    Raises:
-      ValueError, OSError: a prompt is empty or cannot be read.
-    """
-    sources = [("The prompt", text) for text in (*args.words, *args.prompt)]
-    found = [
-        ("Standard input", _read_file("-")) if text == "-" else (name, text)
-        for name, text in sources
-    ]
-    for file in args.prompt_file:
-        if file.endswith(".jsonl"):
-            found += _read_lines(file)
-        else:
-            found.append(("Standard input" if file == "-" else file, _read_file(file)))
-    for name, text in found:
-        if not text.strip():
-            raise ValueError(f"{name} is empty; a prompt must hold some text.")
-        if not options.is_unicode(text):
-            raise ValueError(f"{name} is no valid Unicode text.")
-    return [text for _, text in found] or [QUESTION]
-
-
-def read_ids(file: str) -> list[list[int]]:
-    """The token ids in a --prompt-ids file.
-
-    Raises:
-      ValueError, OSError: the file cannot be read or is no list of lists of integers.
-    """
-    try:
-        rows = json.loads(_read_file(file))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}.") from error
-    whole = isinstance(rows, list) and all(
-        isinstance(row, list) and all(type(token) is int for token in row) for row in rows
-    )
-    if not whole or not rows:
-        raise ValueError(f"{file} must hold a list of lists of token ids, one list per prompt.")
-    return rows
-
-
-def _read_lines(file: str) -> list[tuple[str, str]]:
-    found = []
-    for number, line in enumerate(_read_file(file).splitlines(), 1):
-        name = f"{file}, line {number},"
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON: {error}.") from error
-        text = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise ValueError(f'{name} must be a string or an object with a string as "prompt".')
-        found.append((name, text))
-    if not found:
-        raise ValueError(f"{file} holds no prompt; every line must be one.")
-    return found
-
-
-def _read_file(file: str) -> str:
-    """A text file, or standard input for `-`, without the newline at its end."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from error
-    return text.removesuffix("\n")
 
 
 if __name__ == "__main__":

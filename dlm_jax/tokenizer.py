@@ -96,6 +96,12 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def beginning(tokenizer: Tokenizer, eos_id: int) -> int:
+    """The token that a text out of nothing begins with; `eos_id` where there is no other."""
+    bos_id = tokenizer.bos_token_id
+    return eos_id if bos_id is None else bos_id
+
+
 def write_masks(tokenizer: Tokenizer, text: str, mask_id: int, *, limit: int) -> str:
     """Puts the tokenizer's own text for a mask where `[MASK]` or `[MASK*5]` stands.
 
@@ -219,15 +225,20 @@ def pad(
       `ids_BP` (int32) and `mask_BP` (bool), which is true at the rows' own tokens.
     """
     longest = max(len(row) for row in rows)
-    slots = max(1, -(-longest // bucket)) * bucket
+    width = slots(longest, bucket)
     if limit is not None:
-        slots = max(longest, min(slots, limit))
-    ids_BP = np.full((len(rows), slots), pad_id, np.int32)
-    mask_BP = np.zeros((len(rows), slots), bool)
+        width = max(longest, min(width, limit))
+    ids_BP = np.full((len(rows), width), pad_id, np.int32)
+    mask_BP = np.zeros((len(rows), width), bool)
     for i, row in enumerate(rows):
-        ids_BP[i, slots - len(row) :] = row
-        mask_BP[i, slots - len(row) :] = True
+        ids_BP[i, width - len(row) :] = row
+        mask_BP[i, width - len(row) :] = True
     return ids_BP, mask_BP
+
+
+def slots(length: int, bucket: int = BUCKET) -> int:
+    """The slots that a prompt of so many tokens gets: a multiple of `bucket`."""
+    return max(1, -(-length // bucket)) * bucket
 
 
 def until_eos(ids: Ids, eos_id: int) -> list[int]:

@@ -17,13 +17,13 @@ from eval_models import (
 )
 from lm_eval.api.instance import Instance
 
+from dlm_jax.batching.responses import Responses
 from dlm_jax.cache import NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
 from dlm_jax.eval import runners
 from dlm_jax.eval.model import DiffusionLM
-from dlm_jax.eval.responses import Responses
 from dlm_jax.eval.runners import Scorer
 from dlm_jax.likelihood import LikelihoodConfig, log_likelihood
 

@@ -21,13 +21,13 @@ from lm_eval.api.registry import get_model
 from places import CHECKPOINTS
 
 from dlm_jax import checkpoint
+from dlm_jax.batching.responses import Responses
 from dlm_jax.cache import D2Cache, Dual, NoCache
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
 from dlm_jax.eval import defaults
 from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.model import DiffusionLM
-from dlm_jax.eval.responses import Responses
 
 pytest_plugins = ["eval_fixtures"]
 

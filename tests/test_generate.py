@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from dlm_jax import arithmetic, cache, checkpoint, generate, tokenizer
 from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cli import choices, live
+from dlm_jax.cli.prompts import QUESTION
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.schedule import SCHEDULES
 from dlm_jax.decoding.strategies import STRATEGIES, Klass, Threshold
@@ -236,21 +237,8 @@ def test_options_of_decoding_are_its_arguments(model):
     assert not (own - passed) & set(vars(generate.parse([])))
 
 
-def test_prompts_from_files_and_standard_input(tmp_path, monkeypatch):
-    whole, each = tmp_path / "whole.txt", tmp_path / "each.jsonl"
-    whole.write_text("two\nlines\n")
-    each.write_text('"one"\n\n{"prompt": "two", "answer": 2}\n')
-    monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe\n"))
-    argv = ["first", "--prompt", "-", "--prompt-file", str(whole), "--prompt-file", str(each)]
-    wanted = ["first", "from a pipe", "two\nlines", "one", "two"]
-    assert generate.read_texts(generate.parse(argv)) == wanted
-    monkeypatch.setattr("sys.stdin", io.StringIO("all of it"))
-    assert generate.read_texts(generate.parse(["-"])) == ["all of it"]
-
-
 def test_the_default_question_is_held_out():
-    assert generate.read_texts(generate.parse([])) == [generate.QUESTION]
-    assert arithmetic.is_held_out(generate.QUESTION)
+    assert arithmetic.is_held_out(QUESTION)
 
 
 WRONG = {
@@ -340,8 +328,7 @@ WRONG = {
     "cache shift": (["--cache=dkv-pd", "--cache-args=shift_type=un"], "leave shift_type out"),
     "cache unsound": (["--cache=dkv-pd", "--cache-args=shift_type=right"], "take 'un_right'"),
     "option": (["--frobnicate"], "--frobnicate"),
-    "empty": (["--prompt="], "empty"),
-    "blank": (["--prompt", " \n"], "empty"),
+    "blank": (["--prompt", " \n"], "is blank"),
     "long": (["x" * 600], "context ends at 512"),
     "surrogate": (["\udcff"], "Unicode"),
     "no file": (["--prompt-file", "{tmp}/none"], "{tmp}/none: No such file"),

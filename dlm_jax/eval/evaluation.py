@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 import dlm_jax
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, files, sharding, tokenizer
+from dlm_jax.batching.responses import Responses, digest, fingerprint
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli import choices
@@ -33,7 +34,6 @@ from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.model import DiffusionLM
 from dlm_jax.eval.report import Row
-from dlm_jax.eval.responses import Responses, digest, fingerprint
 
 LOGGERS = ("lm_eval", "datasets", "httpx")
 """They tell of every step; the command says itself what goes on."""

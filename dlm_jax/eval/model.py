@@ -21,12 +21,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 import dlm_jax
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, sharding, tokenizer
+from dlm_jax.batching.batches import Request, complete
+from dlm_jax.batching.responses import Responses, digest, fingerprint
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.eval import arguments, defaults
 from dlm_jax.eval.arguments import Settings
-from dlm_jax.eval.batches import Request, complete
 from dlm_jax.eval.defaults import Recipe
-from dlm_jax.eval.responses import Responses, digest, fingerprint
 from dlm_jax.eval.runners import Generator, Pair, Prompt, Scorer
 from dlm_jax.models import Config
 
@@ -160,8 +160,7 @@ class DiffusionLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        bos_id = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos_id is None else bos_id
+        return tokenizer.beginning(self.tokenizer, self.eot_token_id)
 
     @property
     def max_length(self) -> int:

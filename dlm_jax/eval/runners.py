@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax import sharding, tokenizer
 from dlm_jax.answers import Answer
+from dlm_jax.batching.batches import Request
 from dlm_jax.cache import CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
-from dlm_jax.eval.batches import Request
 from dlm_jax.likelihood import LikelihoodConfig, log_likelihood
 
 

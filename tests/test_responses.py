@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from places import CHECKPOINTS
 
 from dlm_jax import checkpoint, distributed
-from dlm_jax.eval.batches import Request, complete
-from dlm_jax.eval.responses import Responses, digest, fingerprint
+from dlm_jax.batching.batches import Request, complete
+from dlm_jax.batching.responses import Responses, digest, fingerprint
 
 
 @pytest.fixture

@@ -2,18 +2,19 @@
 
     requests -> not yet answered -> this process's share -> sorted, in batches -> answers, in order
 
-Sorting by size lets neighbours share a compiled shape, and puts the largest first, so that a lack
-of memory shows at once.
+`complete` sorts by size, which lets neighbours share a compiled shape, and puts the largest first,
+so that a lack of memory shows at once. `in_order` is for whoever reads along.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from dlm_jax import distributed
-from dlm_jax.eval.responses import Responses, digest
+from dlm_jax.batching.responses import Responses, digest
 
 
 class Request(NamedTuple):
@@ -76,19 +77,18 @@ def complete(
         disable=quiet or distributed.index() != 0,
     ) as bar:
         tokens, seconds = 0, 0.0
-        for batch in _batches(shared[distributed.index() :: distributed.count()], batch_size):
-            done = answer(batch[0].group, batch)
-            for request, response in zip(batch, done, strict=True):
-                responses.add(request.key, response)
-                tokens += response.get("tokens", 0)
-                seconds += response.get("seconds", 0.0)
+        mine = _batches(shared[distributed.index() :: distributed.count()], batch_size)
+        for batch in answered(mine, answer, responses):
+            for request in batch:
+                tokens += responses[request.key].get("tokens", 0)
+                seconds += responses[request.key].get("seconds", 0.0)
             if tokens and seconds > 0:
                 bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
             bar.update(min(len(batch) * distributed.count(), len(requests) - bar.n))
-    mine = {r.key: responses[r.key] for r in requests if r.key in responses}
+    found = {r.key: responses[r.key] for r in requests if r.key in responses}
     if distributed.count() > 1:
-        mine = {key: value for part in distributed.gather(mine) for key, value in part.items()}
-    return [mine[request.key] for request in requests]
+        found = {key: value for part in distributed.gather(found) for key, value in part.items()}
+    return [found[request.key] for request in requests]
 
 
 def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Request]]:
@@ -99,3 +99,32 @@ def _batches(requests: Sequence[Request], batch_size: int) -> Iterator[list[Requ
     for group in groups.values():
         for low in range(0, len(group), batch_size):
             yield group[low : low + batch_size]
+
+
+def in_order(
+    requests: Sequence[Request], rows: Callable[[Any, int], int]
+) -> Iterator[list[Request]]:
+    """Batches of one group each, so that answers to the first requests come first.
+
+    Args:
+      requests: what is to be answered. Of several with one key, one is.
+      rows: how many rows a batch of this group gets, of so many that are left.
+    """
+    waiting: dict[Any, dict[str, Request]] = collections.defaultdict(dict)
+    for request in requests:
+        waiting[request.group].setdefault(request.key, request)
+    for request in requests:
+        left = waiting[request.group]
+        if request.key in left:
+            keys = list(itertools.islice(left, rows(request.group, len(left))))
+            yield [left.pop(key) for key in keys]
+
+
+def answered(
+    batches: Iterable[list[Request]], answer: Respond, responses: Responses
+) -> Iterator[list[Request]]:
+    """Answers batch after batch; each is told once its responses are kept."""
+    for batch in batches:
+        for request, response in zip(batch, answer(batch[0].group, batch), strict=True):
+            responses.add(request.key, response)
+        yield batch

@@ -1,0 +1,1 @@
+"""Many requests: in batches, answered once, kept on disk as they come."""
