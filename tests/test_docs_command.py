@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from documents import argv_of, names, options_of, page
@@ -30,19 +31,32 @@ def directory(tmp_path_factory):
 def test_command(command, directory, monkeypatch, capsys):
     monkeypatch.chdir(directory)
     monkeypatch.setattr(live, "SLOWEST", 0.0)
+    piped = ""
     if command.startswith("echo "):
-        _, text, arrow, file = shlex.split(command)
-        assert arrow == ">"
-        (directory / file).write_text(text + "\n")
-        return
+        _, text, arrow, file, *rest = shlex.split(command)
+        assert arrow in (">", ">>", "|")
+        if arrow != "|":
+            with (directory / file).open("a" if arrow == ">>" else "w") as target:
+                target.write(text + "\n")
+            return
+        piped, command = text + "\n", shlex.join([file, *rest])
     argv = argv_of(command)
     if "--live" in argv:
         monkeypatch.setenv("FORCE_COLOR", "1")  # makes standard error a terminal for rich
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.StringIO(piped))
     assert generate.main(argv) == 0
     out, err = capsys.readouterr()
     if "--interactive" in argv:
         assert "/quit" in err
+    elif "--output" in argv:
+        assert out == ""
+        text = Path(argv[argv.index("--output") + 1]).read_text()
+        assert [json.loads(line)["id"] for line in text.splitlines()] == [1, 2]
+    elif "--batch-size" in argv:
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert [answer["stats"]["batch_tokens"] for answer in answers] == [
+            answer["stats"]["tokens"] for answer in answers
+        ]
     elif "--json" in argv:
         answers = [json.loads(line) for line in out.splitlines()]
         history = json.loads((directory / "history.json").read_text())
