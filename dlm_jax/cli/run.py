@@ -10,6 +10,7 @@ import functools
 import json
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,15 +60,20 @@ class Job:
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         if args.live and not console.is_terminal:
             raise ValueError("--live draws on standard error, which must be a terminal for it.")
+        directory = checkpoint.find(args.model)  # which may draw the progress of a download
         with _progress(console, f"loading {args.model}"):
-            return cls._load(args, console, texts, rows)
+            return cls._load(args, console, directory, texts, rows)
 
     @classmethod
     def _load(
-        cls, args: argparse.Namespace, console: Console, texts: list[str], rows: list[list[int]]
+        cls,
+        args: argparse.Namespace,
+        console: Console,
+        directory: Path,
+        texts: list[str],
+        rows: list[list[int]],
     ) -> "Job":
         # Configuration, headers and tokenizer suffice for all checks; the weights come last.
-        directory = checkpoint.find(args.model)
         config = checkpoint.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)
