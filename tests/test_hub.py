@@ -78,7 +78,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def refused(error: type[Exception], name: str = NAME) -> str:
+def refused(error: type[Exception] | tuple[type[Exception], ...], name: str = NAME) -> str:
     """The one sentence with which a name is refused, without a word of the client's."""
     with pytest.raises(error) as caught:
         checkpoint.find(name)
@@ -380,6 +380,10 @@ def test_a_token(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     told = refused(PermissionError)
     assert "refuses access" in told and "hf_wrong" not in told
+    for token in ("hf_wröng", "hf_wr\x01ng"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        told = refused((ValueError, PermissionError))
+        assert "HF_TOKEN" in told and token not in told
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert files_of(checkpoint.find(NAME)) == files_of(TINY)
 

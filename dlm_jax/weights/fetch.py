@@ -8,6 +8,7 @@ files are first, so that a model that cannot be used is refused before its weigh
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -175,13 +176,12 @@ class _Repository:
             )
 
     def _fetch(self, file: str) -> None:
-        from huggingface_hub.file_download import is_xet_available
-
         url = self._client.hf_hub_url(self.name.repository, file, revision=self.commit)
         facts = self._client.get_hf_file_metadata(url)
-        if facts.etag and (facts.xet_file_data is None or not is_xet_available()):
+        can_xet = importlib.util.find_spec("hf_xet") and not self._constants.HF_HUB_DISABLE_XET
+        if facts.etag and not (can_xet and facts.xet_file_data):
             self._fetch_blob(url, facts, file)
-        # Links the blob, or fetches it by another protocol.
+        # Links the blob, or fetches it in the way of Xet: many pieces at once, always anew.
         self._client.hf_hub_download(self.name.repository, file, revision=self.commit)
 
     def _fetch_blob(self, url: str, facts: Any, file: str) -> None:
@@ -238,6 +238,10 @@ class _Repository:
         reason = _reason(error)
         if isinstance(error, errors.OfflineModeIsEnabled):
             return self._unreachable()
+        if isinstance(error, UnicodeEncodeError) or "bearer" in str(error).lower():
+            return ValueError(
+                "HF_TOKEN (or what `hf auth login` has kept) has characters that no token can have."
+            )
         if isinstance(error, errors.GatedRepoError):
             return PermissionError(
                 f"{text} is for those who accept its licence: do so at {host}/{repository}, and "
@@ -279,7 +283,7 @@ class _Repository:
         )
 
     def _unreachable(self, reason: str = "") -> _Unreachable:
-        """What to say of a checkpoint that is not here, or not all of it, where nothing can come."""
+        """What to say of a checkpoint that is not all here, where nothing can be fetched."""
         why = f"{self._endpoint} cannot be reached{reason}; try again with a connection"
         if self._constants.is_offline_mode():
             why = "HF_HUB_OFFLINE forbids to fetch it; unset that"
@@ -325,11 +329,9 @@ def _quiet(client: Any) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """The gist of an error, without anything secret."""
+    """The gist of an error."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if not line or "bearer" in line.lower():  # a header that cannot be sent is quoted
-        return type(error).__name__
-    return line.rstrip(".")[:200]
+    return line.rstrip(".")[:200] or type(error).__name__
 
 
 def _partial(blob: Path) -> Path:
