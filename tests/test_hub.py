@@ -22,7 +22,7 @@ from places import CHECKPOINTS, ROOT
 from tiny_models import small_config
 
 import dlm_jax
-from dlm_jax import checkpoint, models
+from dlm_jax import checkpoint, generate, models
 from dlm_jax.eval import defaults
 from dlm_jax.weights import hub as hub_lib
 
@@ -483,6 +483,26 @@ def environment(hub: LoopbackHub, cache: Path) -> dict[str, str]:
     )
 
 
+def test_a_process_heeds_the_variables(hub, cache, monkeypatch):
+    code = "from dlm_jax.weights import hub; print(hub.locate('owner/LLaDA-tiny'))"
+    argv = [sys.executable, "-c", code]
+    env = environment(hub, cache)
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert files_of(Path(done.stdout.strip())) == files_of(TINY)
+    assert f"fetching {WEIGHTS}, " in done.stderr
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "soon")
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert "ValueError: huggingface_hub cannot be used (invalid literal" in done.stderr
+
+
+def test_a_refusal_of_the_command(hub, capsys):
+    assert generate.main(["--model", "owner/nothing"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("dlm-jax-generate: There is no directory 'owner/nothing' here")
+
+
+@pytest.mark.slow
 def test_the_command(hub, cache):
     hub.add("owner/math", MATH)
     argv = [sys.executable, "-m", "dlm_jax.generate", "--model", "owner/math", "--gen-length", "8"]
