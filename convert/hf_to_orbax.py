@@ -1,5 +1,6 @@
 """Converts a Hugging Face checkpoint of LLaDA or Dream to Orbax, one part at a time.
 
+    python convert/hf_to_orbax.py --src GSAI-ML/LLaDA-8B-Instruct --dst llada-8b --verify
     python convert/hf_to_orbax.py --src LLaDA-8B-Instruct --dst llada-8b --dtype bfloat16 --verify
     python convert/hf_to_orbax.py --verify --dst llada-8b        # checks a finished one again
 
@@ -35,11 +36,13 @@ _STORAGE_CHUNK_BYTES = 64 << 20
 _LINE_SECONDS = 10.0
 
 
-def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after: bool) -> int:
+def convert(
+    src: str | Path, dst: Path, dtype: np.dtype | None = None, *, verify_after: bool
+) -> int:
     """Converts `src` to a new directory `dst`.
 
     Args:
-      src: a directory in the Hugging Face layout.
+      src: a directory in the Hugging Face layout, or the name of a checkpoint on the hub.
       dst: must not exist.
       dtype: dtype of the result; None keeps that of each tensor.
       verify_after: whether to read the result back before it appears at `dst`.
@@ -48,28 +51,30 @@ def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after
       Bytes of parameters written.
 
     Raises:
-      FileExistsError, FileNotFoundError, ValueError: with one sentence; nothing is left behind.
+      OSError, ValueError: with one sentence; nothing is left behind.
     """
     if dst.exists():
         raise FileExistsError(f"{dst} exists; remove it first, or give another destination.")
-    if not src.is_dir():
+    files.check_folder(dst, "the destination")  # before a long download
+    directory = checkpoint.locate(src)
+    if directory is None:
         raise FileNotFoundError(
-            f"{src} is no directory; it must be one in the Hugging Face layout."
+            f"{src} is no directory; it must be one in the Hugging Face layout, or owner/name on "
+            "the hub."
         )
-    if checkpoint.is_converted(src):
+    if checkpoint.is_converted(directory):
         raise ValueError(
             f"{src} is already converted; give a directory in the Hugging Face layout."
         )
-    files.check_folder(dst, "the destination")
-    source = Source.open(src)
+    source = Source.open(directory)
     total = sum(source.size(path, dtype) for path in source.shapes)
     with _staging(dst) as work:
         _check_space(work, total)
         with _progress("converting", total) as advance:
             checkpoint.write_metadata(work, _write_params(source, work, dtype, advance))
         for name in (checkpoint.CONFIG, *tokenizer.FILES):
-            if (src / name).is_file():
-                shutil.copyfile(src / name, work / name)
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, work / name)
         if verify_after:
             verify(work)
     return total
@@ -223,7 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--src", type=Path, help="directory in the Hugging Face layout")
+    parser.add_argument(
+        "--src",
+        metavar="DIR",
+        help="directory in the Hugging Face layout, or owner/name[@revision] on the hub",
+    )
     parser.add_argument("--dst", type=Path, required=True, help="directory to make")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as in the source")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """Opens a model: weights in files -> `Checkpoint(config, params, tokenizer)`.
 
-Three things can be opened: a directory in the Hugging Face layout, a directory that
-`convert/hf_to_orbax.py` made of one, and an embedded model by name. Either way configuration and
+Four things can be opened: a directory in the Hugging Face layout, a directory that
+`convert/hf_to_orbax.py` made of one, an embedded model by name, and a checkpoint of the Hugging
+Face hub by name. Either way configuration and
 headers are checked first, and then the weights go to their devices piece by piece, so that the host
 holds little more than one piece: a tensor, or a part of a converted directory. Its layout:
 
@@ -28,6 +29,7 @@ from dlm_jax.models import Config, Transformer, hf
 from dlm_jax.tokenizer import open_tokenizer
 from dlm_jax.typing import Array, Params, PyTree
 from dlm_jax.weights import files as weight_files
+from dlm_jax.weights import hub
 from dlm_jax.weights.files import Tensor, read_json
 
 CONFIG, METADATA, PARAMS = "config.json", "checkpoint.json", "params"
@@ -61,20 +63,22 @@ class Checkpoint(NamedTuple):
 
 
 def load(path_or_name: str | Path, *, dtype: Any = None, shardings: PyTree = None) -> Checkpoint:
-    """Opens a checkpoint directory or an embedded model.
+    """Opens a checkpoint directory, an embedded model, or a checkpoint of the Hugging Face hub.
 
     Args:
-      path_or_name: a directory, converted or in the Hugging Face layout, or the name of an embedded
-        model.
+      path_or_name: a directory, converted or in the Hugging Face layout; the name of an embedded
+        model; or, as a text, `owner/name[@revision]` on the hub, which is fetched unless the hub's
+        cache has it.
       dtype: float32, bfloat16 or float16, as a name or a dtype; None keeps what is stored.
       shardings: where the parameters go: None for the default device, one `jax.sharding.Sharding`
         for all, a function of the parameter's path (`blocks_0/q/kernel`) that returns one, or a
         tree of them in the structure of the parameters.
 
     Raises:
-      FileNotFoundError: no such directory or embedded model, or a file is missing in it.
+      FileNotFoundError: no such directory or model, or a file is missing in it.
+      OSError: it cannot be fetched from the hub.
       ValueError: configuration and weights do not fit each other, a file is damaged, or an argument
-        is wrong. Either error is one sentence.
+        is wrong. Every error is one sentence.
     """
     directory, dtype = find(path_or_name), as_dtype(dtype)
     stored = inspect(directory)
@@ -101,18 +105,30 @@ def embedded() -> list[str]:
 
 
 def find(path_or_name: str | Path) -> Path:
-    """The directory of a checkpoint, or of an embedded model.
+    """The directory of a checkpoint: itself, of an embedded model, or of one of the hub.
 
     Raises:
-      FileNotFoundError: there is neither.
+      FileNotFoundError: there is none.
+      OSError, ValueError: the hub was asked, and it cannot be had; see `hub.locate`.
     """
-    for directory in (Path(path_or_name), _ASSETS / path_or_name):
-        if directory.is_dir():
-            return directory
+    directory = locate(path_or_name)
+    if directory is not None:
+        return directory
+    if (_ASSETS / path_or_name).is_dir():
+        return _ASSETS / path_or_name
     raise FileNotFoundError(
         f"{str(path_or_name)!r} is neither a directory nor an embedded model; embedded are: "
-        f"{', '.join(embedded()) or 'none'}."
+        f"{', '.join(embedded()) or 'none'}; on the hub, a model is named owner/name."
     )
+
+
+def locate(path_or_name: str | Path) -> Path | None:
+    """As `find`, but without the embedded models; None if there is none.
+
+    Raises:
+      OSError, ValueError: as `find`.
+    """
+    return hub.locate(path_or_name, check=_read_config)
 
 
 def as_dtype(dtype: Any) -> np.dtype | None:

@@ -106,7 +106,8 @@ def test_embedded_models_open_by_name(monkeypatch, tmp_path):
 def test_opening_imports_nothing_heavy():
     code = (
         "import sys, dlm_jax; dlm_jax.load(sys.argv[1]); "
-        "sys.exit(bool({'orbax.checkpoint', 'transformers', 'torch'} & set(sys.modules)))"
+        "heavy = {'orbax.checkpoint', 'transformers', 'torch', 'huggingface_hub'}; "
+        "sys.exit(bool(heavy & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", code, CHECKPOINTS / "llada-tiny"], cwd=ROOT, check=True)
 

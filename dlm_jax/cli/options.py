@@ -48,7 +48,12 @@ class Parser(argparse.ArgumentParser):
 
 def add_model(add: Add) -> None:
     """Which model, and in which dtype."""
-    add("--model", default=MODEL, metavar="DIR", help=f"checkpoint or embedded model [{MODEL}]")
+    add(
+        "--model",
+        default=MODEL,
+        metavar="DIR",
+        help=f"checkpoint, embedded model, or owner/name[@revision] on the hub [{MODEL}]",
+    )
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

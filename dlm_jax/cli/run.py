@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -83,13 +84,19 @@ class Job:
         console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         if args.live and not console.is_terminal:
             raise ValueError("--live draws on standard error, which must be a terminal for it.")
+        directory = checkpoint.find(args.model)  # which may draw the progress of a download
         with progress.phase(console, f"loading {args.model}"):
-            return cls._load(args, console, prompts)
+            return cls._load(args, console, directory, prompts)
 
     @classmethod
-    def _load(cls, args: argparse.Namespace, console: Console, prompts: Sequence[Prompt]) -> "Job":
+    def _load(
+        cls,
+        args: argparse.Namespace,
+        console: Console,
+        directory: Path,
+        prompts: Sequence[Prompt],
+    ) -> "Job":
         # Configuration, headers and tokenizer suffice for all checks; the weights come last.
-        directory = checkpoint.find(args.model)
         config = checkpoint.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)

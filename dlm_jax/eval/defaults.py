@@ -17,6 +17,7 @@ from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.eval.arguments import Settings
 from dlm_jax.models import Config
+from dlm_jax.weights import hub
 
 VARIANTS = ("base", "inst", "1.5")
 """Base, instruction-tuned, and LLaDA 1.5, which the framework treats as a base model."""
@@ -63,7 +64,7 @@ def variant(given: str | float | None, directory: str | Path, tok: Any) -> str:
 
     Args:
       given: a variant; 1.5 may be a number.
-      directory: of the model; in the hub's cache the name is that of the repository.
+      directory: of the model, also in the hub's cache.
       tok: the tokenizer.
 
     Raises:
@@ -73,9 +74,7 @@ def variant(given: str | float | None, directory: str | Path, tok: Any) -> str:
         if str(given) not in VARIANTS:
             raise ValueError(f"variant is {given!r}; it must be one of {', '.join(VARIANTS)}.")
         return str(given)
-    directory = Path(directory).resolve()
-    snapshot = directory.parent.name == "snapshots"
-    name = (directory.parent.parent if snapshot else directory).name.lower()
+    name = hub.name_of(directory).lower()
     if "1.5" in name:
         return "1.5"
     if "inst" in name:

@@ -29,6 +29,7 @@ from dlm_jax.eval.arguments import Settings
 from dlm_jax.eval.defaults import Recipe
 from dlm_jax.eval.runners import Generator, Pair, Prompt, Scorer
 from dlm_jax.models import Config
+from dlm_jax.weights import hub
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class DiffusionLM(TemplateLM):
         """Opens the model; nothing is compiled yet.
 
         Args:
-          pretrained: a checkpoint directory, or the name of an embedded model.
+          pretrained: a checkpoint directory, or the name of an embedded model or of one on the hub.
           cache: name of the cache method; None is `none`, as lm-eval reads that.
           batch_size: samples that each part of the mesh's data axis decodes at a time.
           dtype: dtype of the parameters; None keeps what is stored.
@@ -141,7 +142,7 @@ class DiffusionLM(TemplateLM):
             self._likelihood,
             greedy=self._generator if check_greedy else None,
         )
-        self._name = directory.name
+        self._name = hub.name_of(directory)
 
     def close(self) -> None:
         """Lets other models and runs write to the folder of responses."""

@@ -118,12 +118,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index names."""
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+      ValueError: it names none.
+    """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map; it must map tensor names to files.")
-    files = [index.parent / Path(str(name)).name for name in sorted(set(weight_map.values()))]
+    return sorted({Path(str(name)).name for name in weight_map.values()})
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, which must be there."""
+    files = [index.parent / name for name in shard_names(index)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise FileNotFoundError(
