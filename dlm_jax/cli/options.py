@@ -75,6 +75,7 @@ def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
     add("--temperature", type=number, metavar="X", help="0 takes the most probable token [0]")
     add("--top-p", type=number, metavar="X", help="nucleus filter, in (0, 1] [off]")
     add("--top-k", type=whole, metavar="K", help="draw from the K most probable tokens [off]")
+    add("--min-p", type=number, metavar="X", help="drop what is less than X times the best's [off]")
     add("--seed", type=seed, default=0, metavar="N", help="seed of the sampling [0]")
     add("--cfg-scale", type=number, metavar="X", help="classifier-free guidance [0, off]")
     add(
@@ -82,7 +83,14 @@ def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a token, as text or id, that is never generated; may be repeated",
+        help="a token, as its text or id:N, that is never generated; may be repeated",
+    )
+    add(
+        "--eos",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token, as its text or id:N, that ends an answer; may be repeated [the model's]",
     )
     add("--stop-at-eos", action="store_true", help="spend nothing on what follows the answer's end")
 
@@ -160,9 +168,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: one sentence.
     """
-    for text in args.suppress:
-        if not text or not is_unicode(text):
-            raise ValueError(f"--suppress is {text!r}; it must be a token's text, or its id.")
+    for option, texts in (("--suppress", args.suppress), ("--eos", args.eos)):
+        for text in texts:
+            if not text or not is_unicode(text):
+                raise ValueError(f"{option} is {text!r}; it must be a token's text, or id:N.")
     if args.strategy_args and args.strategy is None:
         raise ValueError("--strategy-args are arguments of a strategy; choose it with --strategy.")
     if args.clip_alpha is not None and args.debias is None:

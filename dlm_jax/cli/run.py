@@ -134,7 +134,7 @@ class Job:
         """The answer as it is printed: up to the first stop string; ids without a tokenizer."""
         if answer.text is None:
             return " ".join(map(str, answer.ids))
-        return tokenizer.cut(answer.text, self.args.stop)
+        return self.engine.text(answer, self.args.stop) or ""
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Writes a line to standard error."""

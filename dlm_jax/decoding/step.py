@@ -41,6 +41,8 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     confidence_BL = queries.scatter(nowhere_BL, predictions.confidence, seen.slot_BW)
     confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
     told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
+    wanted_BW = seen.slot_BW < setup.geo.length
+    broken_B = jnp.any(wanted_BW & ~predictions.finite, axis=-1) & (state.not_finite_at_B < 0)
 
     # Remember.
     def observe(row: Row, memory: PyTree, *observed: PyTree) -> PyTree:
@@ -61,6 +63,7 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
         rows=rows._replace(tokens_BL=tokens_BL),
         committed_at_BL=committed_at_BL,
         confidence_BL=jnp.where(committed_at_BL < 0, 0.0, told_BL),
+        not_finite_at_B=jnp.where(broken_B, state.nfe, state.not_finite_at_B),
         nfe=state.nfe + 1,
         strategy_memory=if_active(rows.active_B, strategy_memory, state.strategy_memory),
         memory=if_active(rows.active_B, memory, state.memory),
