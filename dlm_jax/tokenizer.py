@@ -6,6 +6,8 @@ Tokenizers are read from a directory with Hugging Face's `transformers`, which i
 the first one is opened. No code of a checkpoint is run and nothing is fetched.
 """
 
+import codecs
+import contextlib
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, SupportsIndex
@@ -45,6 +48,10 @@ Ids = Iterable[SupportsIndex]
 """Token ids: a list, or a NumPy or JAX array."""
 
 
+class TemplateError(ValueError):
+    """A conversation that the chat template cannot put; one sentence says why."""
+
+
 def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
     """Opens the tokenizer in a checkpoint directory.
 
@@ -71,9 +78,32 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
     else:
         return None
     try:
-        return getattr(_transformers(), name).from_pretrained(directory, local_files_only=True)
+        kind = getattr(_transformers(), name)
+        with _without_marks(directory) as readable:
+            tokenizer = kind.from_pretrained(readable, local_files_only=True)
     except Exception as error:  # whatever the parsers raise on a damaged file
         raise ValueError(f"The tokenizer in {directory} cannot be read: {error}") from error
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _without_marks(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder with the same files, none of which begins with a byte order mark."""
+
+    def marked(path: pathlib.Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+    paths = [directory / name for name in FILES if (directory / name).is_file()]
+    if not any(map(marked, paths)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            (pathlib.Path(folder) / path.name).write_bytes(data)
+        yield pathlib.Path(folder)
 
 
 def has_chat_template(tokenizer: Tokenizer | None) -> bool:
@@ -93,10 +123,25 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
 
     Args:
       messages: `{"role": "user" | "assistant" | "system", "content": text}`, oldest first.
+
+    Raises:
+      TemplateError: the chat template cannot put them.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    text = conversation(tokenizer, messages, add_generation_prompt=True)
     # The template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **how: bool) -> str:
+    """The text of a conversation; see `encode_chat`. `how` it ends, the tokenizer knows."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
+    except Exception as error:  # whatever the code in a template raises
+        reason = str(error) or type(error).__name__
+        raise TemplateError(
+            f"The chat template of {tokenizer.name_or_path} cannot put the conversation: "
+            f"{' '.join(reason.split()).rstrip('.')}."
+        ) from error
 
 
 def write_masks(tokenizer: Tokenizer, text: str, mask_id: int, *, limit: int) -> str:
@@ -178,7 +223,7 @@ def frequencies(path: str | os.PathLike[str], vocab_size: int) -> np.ndarray:
       ValueError: the file holds something else; one sentence says where.
     """
     try:
-        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if isinstance(data, list):
@@ -336,8 +381,6 @@ def _special_ids(tokenizer: Tokenizer) -> set[int]:
     """The tokens that are left out of a text."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(token for token, what in added if what.special)}
-
-
 
 
 def pieces(tokenizer: Tokenizer, ids: Ids) -> list[str]:

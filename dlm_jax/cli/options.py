@@ -10,13 +10,14 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dlm_jax import compilation, files
+from dlm_jax.answers import NotFinite
+from dlm_jax.cli import streams
 
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
@@ -35,6 +36,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            streams.tell(message.rstrip("\n"))
+        sys.exit(status if streams.flushed(self.prog) else 1)
 
     def format_help(self) -> str:
         """Reads the names that an option can have only now, since importing them takes time."""
@@ -206,23 +212,30 @@ def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: 
     Args:
       program: its name.
       prepare: checks what was asked for, and returns the long work. What it raises is told in one
-        sentence, with status 2.
+        sentence, with status 2, or 1 if it is about the standard streams.
       memory: what to do if the memory does not suffice.
     """
+    with streams.ready():
+        return _command(program, prepare, memory)
+
+
+def _command(program: str, prepare: Callable[[], Callable[[], None]], memory: str) -> int:
     try:
         try:
+            streams.check_output()
             work = prepare()
+        except streams.StreamError:
+            raise
         except (ValueError, OSError) as error:
             return _fail(program, error, 2)
         work()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Nobody reads on. Without this, Python would complain when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on
+        streams.give_up(sys.stdout)
         return 141
-    except OSError as error:
+    except (OSError, NotFinite) as error:
         return _fail(program, error, 1)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -235,8 +248,12 @@ def _fail(program: str, error: Exception, status: int) -> int:
     """Tells in one line what is wrong."""
     sentence = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        sentence = f"{error.filename}: {error.strerror}."
-    print(f"{program}: {sentence}", file=sys.stderr)
+        if streams.is_of_stream(error):
+            streams.tell_failure(program, error)
+            return 1
+        where = "" if error.filename is None else f"{error.filename}: "
+        sentence = f"{where}{error.strerror}."
+    streams.tell(f"{program}: {sentence}")
     return status
 
 

@@ -71,6 +71,8 @@ class Job:
         config = checkpoint.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)
+        if args.interactive and as_chat:  # a template that is broken is told before the weights
+            tokenizer.encode(tok, ["Hello"], chat=True)
         if texts:
             rows = _encode(args, tok, texts, config, chat=as_chat)
         else:
