@@ -17,7 +17,7 @@ from rich.console import Console
 
 from dlm_jax import cache, checkpoint, files, tokenizer
 from dlm_jax.answers import Answer, Result
-from dlm_jax.cli import chat, choices
+from dlm_jax.cli import chat, choices, streams
 from dlm_jax.cli.live import Canvas
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine, check_rows
@@ -71,8 +71,10 @@ class Job:
         config = checkpoint.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)
-        if args.interactive and as_chat:  # a template that is broken is told before the weights
-            tokenizer.encode(tok, ["Hello"], chat=True)
+        if args.interactive:
+            streams.check_input()
+            if as_chat:  # a template that is broken is told before the weights are read
+                tokenizer.encode(tok, ["Hello"], chat=True)
         if texts:
             rows = _encode(args, tok, texts, config, chat=as_chat)
         else:

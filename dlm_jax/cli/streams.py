@@ -47,6 +47,16 @@ def check_output() -> None:
         raise StreamError("Standard output is closed; open it, as that is where the text goes.")
 
 
+def check_input() -> None:
+    """Refuses to ask standard input for anything if it is closed.
+
+    Raises:
+      StreamError: one sentence.
+    """
+    if isinstance(sys.stdin, _ClosedInput):
+        sys.stdin.read()
+
+
 def take_any_bytes() -> None:
     """Has standard input turn what is no text into lone surrogates, so that it can be told."""
     _reconfigure(sys.stdin, errors="surrogateescape")

@@ -118,7 +118,7 @@ def _record(
 
     layer_sets = jax.vmap(sets)(state.selected_BL, acc)
     counts = [jnp.sum(set_BL, axis=-1, dtype=jnp.float32) for set_BL in layer_sets]
-    asked_B = setup.copies * sum(counts, jnp.zeros(())) / len(counts)
+    asked_B = setup.copies * sum(counts, jnp.zeros((), jnp.float32)) / len(counts)
 
     def put(values_TBL: Array, value_BL: Array) -> Array:
         return values_TBL.at[state.nfe].set(value_BL)
