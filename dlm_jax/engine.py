@@ -335,13 +335,20 @@ class Engine:
         Returns:
           The text, without masks; None without a tokenizer.
         """
+        if not stops or answer.text is None:
+            return answer.text
+        return self._text(answer.ids, answer.committed_at, stops)
+
+    def _text(
+        self, ids: Sequence[int], committed_at: Sequence[int], stops: Sequence[str] = ()
+    ) -> str | None:
         if self.checkpoint.tokenizer is None:
             return None
         mask_id = self.checkpoint.config.mask_id
-        kept = zip(self._until_end(answer.ids), answer.committed_at, strict=False)
+        kept = zip(self._until_end(ids), committed_at, strict=False)
         shown = [(token, step >= 0) for token, step in kept if token != mask_id]
-        ids, filled = [token for token, _ in shown], [new for _, new in shown]
-        return tokenizer_lib.answer_text(self.checkpoint.tokenizer, ids, stops, filled)
+        tokens, filled = [token for token, _ in shown], [new for _, new in shown]
+        return tokenizer_lib.answer_text(self.checkpoint.tokenizer, tokens, stops, filled)
 
     def _cut(self, array_BL: Any, rows: Sequence[Sequence[int]]) -> list[list[Any]]:
         """What is new in each row, as lists: what was generated, with infilling all but padding."""
@@ -387,16 +394,15 @@ class Engine:
 
     def _answer(self, ids: list[int], committed_at: list[int], forwards: int) -> Answer:
         kept = self._until_end(ids)
-        answer = Answer(
+        return Answer(
             ids=ids,
             committed_at=committed_at,
-            text=None,
+            text=self._text(ids, committed_at),
             tokens=sum(step >= 0 for step in committed_at[: len(kept)]),
             masks=list(kept).count(self.checkpoint.config.mask_id),
             forwards=forwards,
             last_forward=1 + max(committed_at[: len(kept)], default=-1),
         )
-        return dataclasses.replace(answer, text=self.text(answer))
 
 
 def _within_tokenizer(decode: DecodeConfig, checkpoint: Checkpoint) -> DecodeConfig:

@@ -74,7 +74,8 @@ class Job:
         if args.interactive:
             streams.check_input()
             if as_chat:  # a template that is broken is told before the weights are read
-                tokenizer.encode(tok, ["Hello"], chat=True)
+                hello = [{"role": "user", "content": "Hello"}]
+                tokenizer.conversation(tok, hello, add_generation_prompt=True)
         if texts:
             rows = _encode(args, tok, texts, config, chat=as_chat)
         else:

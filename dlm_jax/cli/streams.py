@@ -11,7 +11,10 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
+
+Stream = Any
+"""A text file, or what stands for one: whoever runs the command may have put anything there."""
 
 
 class StreamError(OSError):
@@ -103,7 +106,7 @@ def flushed(program: str) -> bool:
     return True
 
 
-def give_up(stream: TextIO) -> None:
+def give_up(stream: Stream) -> None:
     """Has what a stream still holds go nowhere, or Python would complain when it closes it."""
     with contextlib.suppress(OSError, ValueError):
         descriptor = os.open(os.devnull, os.O_WRONLY)
@@ -157,6 +160,6 @@ def _reconfigure(stream: Any, *, errors: str) -> None:
         stream.reconfigure(encoding="utf-8" if wider else None, errors=errors)
 
 
-def _is_nowhere(stream: TextIO) -> bool:
+def _is_nowhere(stream: Stream) -> bool:
     """Whether a stream stands for a closed one."""
     return getattr(stream, "name", None) == os.devnull
