@@ -64,6 +64,17 @@ class Result:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
+class NotFinite(ArithmeticError):
+    """What the model computed is NaN or infinite, so that it says nothing; one sentence."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"The model's numbers are not finite {where}: its weights hold NaN or infinity, or "
+            "overflow in their dtype, as float16 does above 65504; mend the weights, or take "
+            "bfloat16 or float32."
+        )
+
+
 class Snapshot(NamedTuple):
     """The canvas after one model forward: per row and position the id, when and how surely."""
 

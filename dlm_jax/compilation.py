@@ -62,6 +62,28 @@ def use_cache(enabled: bool = True) -> str | None:
     return str(folder)
 
 
+def check_devices() -> None:
+    """Refuses an environment whose devices JAX cannot use; not before `distributed.initialize`.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # what a backend raises that is not there
+        asked: Any = jax.config  # its attributes come from a table
+        reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()).rstrip(".")
+        if asked.jax_platforms:
+            reason = reason or "there is no such device"
+            raise ValueError(
+                f"JAX_PLATFORMS is {asked.jax_platforms!r}, which does not work here: {reason}; "
+                "leave it unset, or set it to cpu."
+            ) from error
+        raise ValueError(f"JAX has no device to compute on: {reason}.") from error
+
+
 def memory_mib(program: Any) -> dict[str, float]:
     """What a compiled program needs on a device, in MiB; the parameters are among the arguments."""
     stats = program.memory_analysis()

@@ -7,6 +7,7 @@ devices of a mesh; a row's answer is the same wherever it is computed.
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dlm_jax import compilation, sharding
 from dlm_jax import tokenizer as tokenizer_lib
-from dlm_jax.answers import Answer, Result, Snapshot
+from dlm_jax.answers import Answer, NotFinite, Result, Snapshot
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding import loop
@@ -80,6 +81,7 @@ class _Raw(NamedTuple):
     tokens_BL: Any
     committed_at_BL: Any
     steps_B: Any
+    not_finite_at_B: Any
     nfe_S: Any
     positions_TB: Any
     history_TBL: Any
@@ -99,7 +101,7 @@ class Engine:
 
     Attributes:
       checkpoint: model, parameters and tokenizer.
-      decode: decoding settings.
+      decode: decoding settings; of the vocabulary, what the tokenizer has no token for is unused.
       mesh: the devices that a batch is divided over; None leaves that to the parameters.
     """
 
@@ -137,7 +139,7 @@ class Engine:
             checkpoint = checkpoint._replace(params=params)
             self._params = [sharding.on_island(params, island) for island in self._islands]
         self.checkpoint = checkpoint
-        self.decode = decode
+        self.decode = _within_tokenizer(decode, checkpoint)
         self.mesh = mesh
         self._cache = cache
         self._token_freq = token_freq
@@ -178,6 +180,7 @@ class Engine:
         Raises:
           PromptError: see `check_rows`.
           ValueError: `key` is not for so many rows, or `draw` is given with a mesh.
+          NotFinite: the model's numbers are NaN or infinite.
         """
         config = self.checkpoint.config
         check_rows(rows, config, self.decode)
@@ -247,7 +250,7 @@ class Engine:
         generate = self._generate
         if self.mesh is not None:
             rows, steps = PartitionSpec(sharding.DATA), PartitionSpec(None, sharding.DATA)
-            specs = _Raw(rows, rows, rows, rows, steps, steps)
+            specs = _Raw(rows, rows, rows, rows, rows, steps, steps)
             generate = sharding.over_rows(self._generate, self._islands[i], specs)
         return jax.jit(generate).lower(*arguments).compile()
 
@@ -270,6 +273,7 @@ class Engine:
         each = [len(part.tokens_BL) // len(part.nfe_S) for part in parts]
         nfe_B = join([np.repeat(part.nfe_S, n) for part, n in zip(parts, each, strict=True)])
         nfe = int(nfe_B.max())
+        _check_finite(join([part.not_finite_at_B for part in parts]))
         positions_TB = join([part.positions_TB for part in parts], axis=1)[:nfe]
         ran_TB = np.arange(nfe)[:, None] < nfe_B[None]
         frames = None
@@ -330,6 +334,7 @@ class Engine:
         began = time.perf_counter()
         for frame in loop.frames(*begin()):
             steps_B = np.asarray(frame.steps)
+            _check_finite(np.asarray(frame.not_finite_at))
             canvas = (frame.tokens, frame.committed_at, frame.confidence)
             ids, committed_at, confidence = (self._cut(array, rows) for array in canvas)
             frames.append(ids)
@@ -365,10 +370,35 @@ class Engine:
             out.tokens,
             out.committed_at,
             out.steps,
+            out.not_finite_at,
             out.nfe[None],
             out.positions_computed,
             out.history,
         )
+
+    def text(self, answer: Answer, stops: Sequence[str] = ()) -> str | None:
+        """The text of an answer up to its end or a stop text, which may be a special token.
+
+        What was given is part of the text of an infilled row, and is never cut: a stop text that is
+        at least partly in what was filled ends the part that was filled there.
+
+        Returns:
+          The text, without masks; None without a tokenizer.
+        """
+        if not stops or answer.text is None:
+            return answer.text
+        return self._text(answer.ids, answer.committed_at, stops)
+
+    def _text(
+        self, ids: Sequence[int], committed_at: Sequence[int], stops: Sequence[str] = ()
+    ) -> str | None:
+        if self.checkpoint.tokenizer is None:
+            return None
+        mask_id = self.checkpoint.config.mask_id
+        kept = zip(self._until_end(ids), committed_at, strict=False)
+        shown = [(token, step >= 0) for token, step in kept if token != mask_id]
+        tokens, filled = [token for token, _ in shown], [new for _, new in shown]
+        return tokenizer_lib.answer_text(self.checkpoint.tokenizer, tokens, stops, filled)
 
     def _cut(self, array_BL: Any, rows: Sequence[Sequence[int]]) -> list[list[Any]]:
         """What is new in each row, as lists: what was generated, with infilling all but padding."""
@@ -386,8 +416,8 @@ class Engine:
     def _until_end(self, ids: Sequence[int]) -> Sequence[int]:
         """The ids of an answer up to its end; a prompt may hold ends of text that were given."""
         given = len(ids) - self.decode.gen_length
-        eos_id = self.decode.end_of_text(self.checkpoint.config)
-        return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], eos_id)]
+        ends = self.decode.ends_of_text(self.checkpoint.config)
+        return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], ends)]
 
     def _result(
         self,
@@ -413,15 +443,31 @@ class Engine:
         )
 
     def _answer(self, ids: list[int], committed_at: list[int], forwards: int) -> Answer:
-        tokenizer, mask_id = self.checkpoint.tokenizer, self.checkpoint.config.mask_id
         kept = self._until_end(ids)
-        filled = [token for token in kept if token != mask_id]
         return Answer(
             ids=ids,
             committed_at=committed_at,
-            text=None if tokenizer is None else tokenizer_lib.decode(tokenizer, filled),
+            text=self._text(ids, committed_at),
             tokens=sum(step >= 0 for step in committed_at[: len(kept)]),
-            masks=len(kept) - len(filled),
+            masks=list(kept).count(self.checkpoint.config.mask_id),
             forwards=forwards,
             last_forward=1 + max(committed_at[: len(kept)], default=-1),
         )
+
+
+def _within_tokenizer(decode: DecodeConfig, checkpoint: Checkpoint) -> DecodeConfig:
+    """The same, and ids that the tokenizer has no token for are never predicted."""
+    if checkpoint.tokenizer is None:
+        return decode
+    config = checkpoint.config
+    needed = (config.mask_id, *decode.ends_of_text(config))
+    unused = tokenizer_lib.unused(checkpoint.tokenizer, config.vocab_size, needed)
+    return dataclasses.replace(decode, unused=(*decode.unused, *unused)) if unused else decode
+
+
+def _check_finite(not_finite_at_B: np.ndarray) -> None:
+    """Raises `NotFinite`, which tells of the first row whose numbers were not."""
+    for row, forward in enumerate(not_finite_at_B.tolist(), 1):
+        if forward >= 0:
+            which = "" if len(not_finite_at_B) == 1 else f" of row {row}"
+            raise NotFinite(f"in forward {forward + 1}{which}")

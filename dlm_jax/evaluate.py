@@ -39,6 +39,7 @@ def _prepare(args: argparse.Namespace) -> Callable[[], None]:
 
     if args.distributed or args.coordinator is not None:
         distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    compilation.check_devices()
     compilation.use_cache(args.compile_cache)
 
     from dlm_jax.eval.evaluation import Evaluation

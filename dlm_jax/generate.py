@@ -39,6 +39,7 @@ def _prepare(args: argparse.Namespace) -> Callable[[], None]:
 
     from dlm_jax.cli.run import Job
 
+    compilation.check_devices()
     compilation.use_cache(args.compile_cache)
     job = Job.prepare(args, given)
     return job.converse if args.interactive else job.answer

@@ -6,6 +6,8 @@ Tokenizers are read from a directory with Hugging Face's `transformers`, which i
 the first one is opened. No code of a checkpoint is run and nothing is fetched.
 """
 
+import codecs
+import contextlib
 import itertools
 import json
 import math
@@ -13,7 +15,8 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, SupportsIndex
 
@@ -36,10 +39,17 @@ FILES = (
 MASKS = re.compile(r"\[MASK(?:\*([^\]]*))?\]")
 """How a text says where tokens are to be filled in: `[MASK]`, or `[MASK*5]` for five of them."""
 
+ID = re.compile(r"id:([0-9]{1,9})")
+"""How an option names a token by its id, since any digits are a text as well."""
+
 Tokenizer = Any
 """A `transformers` tokenizer. Its class is not named, so that nothing imports it early."""
 Ids = Iterable[SupportsIndex]
 """Token ids: a list, or a NumPy or JAX array."""
+
+
+class TemplateError(ValueError):
+    """A conversation that the chat template cannot put; one sentence says why."""
 
 
 def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
@@ -68,9 +78,32 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
     else:
         return None
     try:
-        return getattr(_transformers(), name).from_pretrained(directory, local_files_only=True)
+        kind = getattr(_transformers(), name)
+        with _without_marks(directory) as readable:
+            tokenizer = kind.from_pretrained(readable, local_files_only=True)
     except Exception as error:  # whatever the parsers raise on a damaged file
         raise ValueError(f"The tokenizer in {directory} cannot be read: {error}") from error
+    tokenizer.name_or_path = str(directory)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _without_marks(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder with the same files, none of which begins with a byte order mark."""
+
+    def marked(path: pathlib.Path) -> bool:
+        with path.open("rb") as file:
+            return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+    paths = [directory / name for name in FILES if (directory / name).is_file()]
+    if not any(map(marked, paths)):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+            (pathlib.Path(folder) / path.name).write_bytes(data)
+        yield pathlib.Path(folder)
 
 
 def has_chat_template(tokenizer: Tokenizer | None) -> bool:
@@ -90,8 +123,11 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> lis
 
     Args:
       messages: `{"role": "user" | "assistant" | "system", "content": text}`, oldest first.
+
+    Raises:
+      TemplateError: the chat template cannot put them.
     """
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    text = conversation(tokenizer, messages, add_generation_prompt=True)
     # The template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
@@ -100,6 +136,18 @@ def beginning(tokenizer: Tokenizer, eos_id: int) -> int:
     """The token that a text out of nothing begins with; `eos_id` where there is no other."""
     bos_id = tokenizer.bos_token_id
     return eos_id if bos_id is None else bos_id
+
+
+def conversation(tokenizer: Tokenizer, messages: Sequence[dict[str, str]], **how: bool) -> str:
+    """The text of a conversation; see `encode_chat`. `how` it ends, the tokenizer knows."""
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **how)
+    except Exception as error:  # whatever the code in a template raises
+        reason = str(error) or type(error).__name__
+        raise TemplateError(
+            f"The chat template of {tokenizer.name_or_path} cannot put the conversation: "
+            f"{' '.join(reason.split()).rstrip('.')}."
+        ) from error
 
 
 def write_masks(tokenizer: Tokenizer, text: str, mask_id: int, *, limit: int) -> str:
@@ -132,19 +180,39 @@ def write_masks(tokenizer: Tokenizer, text: str, mask_id: int, *, limit: int) ->
 
 
 def token_id(tokenizer: Tokenizer | None, text: str) -> int:
-    """The id of one token, which is given as its text or as a decimal number, its id.
+    """The id of one token, which is given as its text, or as `id:5`.
 
     Raises:
       ValueError: the text is not exactly one token.
     """
-    if text.isdecimal():
-        return int(text)
+    if given := ID.fullmatch(text):
+        return int(given[1])
     if tokenizer is None:
-        raise ValueError(f"{text!r} needs a tokenizer, and there is none; give the token's id.")
+        raise ValueError(
+            f"{text!r} needs a tokenizer, and there is none; give the token's id, as id:5."
+        )
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) != 1:
-        raise ValueError(f"{text!r} is {len(ids)} tokens, {ids}; it must be exactly one.")
+        known = f"; an id is written id:{text}" if text.isdecimal() else ""
+        raise ValueError(f"{text!r} is {len(ids)} tokens, {ids}; it must be exactly one{known}.")
     return ids[0]
+
+
+def unused(
+    tokenizer: Tokenizer, vocab_size: int, needed: Iterable[int] = ()
+) -> tuple[tuple[int, int], ...]:
+    """Ranges of ids, `(first, behind the last)`, that the tokenizer has no token for.
+
+    Args:
+      tokenizer: may have fewer tokens than the model, whose vocabulary is often padded.
+      vocab_size: ids end there.
+      needed: ids that are left out of the ranges.
+    """
+    has_V = np.zeros(vocab_size, bool)
+    known = np.fromiter((*tokenizer.get_vocab().values(), *needed), np.int64)
+    has_V[known[known < vocab_size]] = True
+    (edges,) = np.nonzero(np.diff(has_V, prepend=True, append=True))
+    return tuple((int(first), int(behind)) for first, behind in edges.reshape(-1, 2))
 
 
 def frequencies(path: str | os.PathLike[str], vocab_size: int) -> np.ndarray:
@@ -161,7 +229,7 @@ def frequencies(path: str | os.PathLike[str], vocab_size: int) -> np.ndarray:
       ValueError: the file holds something else; one sentence says where.
     """
     try:
-        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        data = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if isinstance(data, list):
@@ -241,12 +309,13 @@ def slots(length: int, bucket: int = BUCKET) -> int:
     return max(1, -(-length // bucket)) * bucket
 
 
-def until_eos(ids: Ids, eos_id: int) -> list[int]:
-    """The ids before the first `eos_id`."""
-    return list(itertools.takewhile(lambda token: token != eos_id, map(int, ids)))
+def until_eos(ids: Ids, eos_id: int | Collection[int]) -> list[int]:
+    """The ids before the first `eos_id`, or the first of several."""
+    ends = eos_id if isinstance(eos_id, Collection) else (eos_id,)
+    return list(itertools.takewhile(lambda token: token not in ends, map(int, ids)))
 
 
-def decode(tokenizer: Tokenizer, ids: Ids, eos_id: int | None = None) -> str:
+def decode(tokenizer: Tokenizer, ids: Ids, eos_id: int | Collection[int] | None = None) -> str:
     """Text of token ids, up to the first `eos_id` if given, without special tokens."""
     ids = [int(token) for token in ids] if eos_id is None else until_eos(ids, eos_id)
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -256,6 +325,73 @@ def cut(text: str, stops: Iterable[str]) -> str:
     """The text before the first of the stop strings."""
     ends = [text.find(stop) for stop in stops]
     return text[: min((end for end in ends if end >= 0), default=None)]
+
+
+def answer_text(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    stops: Iterable[str] = (),
+    filled: Sequence[bool] | None = None,
+) -> str:
+    """Text of an answer, without special tokens and without what follows a stop text.
+
+    A stop text may be or hold a special token. Where only some tokens were filled in, the others
+    are never cut, and a stop text among them alone says nothing: every run of tokens that were
+    filled in ends where the first stop text that is at least partly in it begins.
+
+    Args:
+      tokenizer: has the text of the tokens.
+      ids: the tokens.
+      stops: texts at which to cut.
+      filled: which of the tokens the model has put there; None means all.
+    """
+    stops, plain = list(stops), decode(tokenizer, ids)
+    whole = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not any(stop in text for stop in stops for text in (whole, plain)):
+        return plain
+    special = _special_ids(tokenizer)
+    new = [True] * len(ids) if filled is None else filled
+    ends: list[tuple[int, int]] = []  # where a run of filled tokens is cut, and where it ends
+    for fill, begin, end in _runs(tokenizer, ids, new, whole):
+        if fill:
+            ends.append((_first_stop(whole, stops, begin, end), end))
+    kept = ""
+    for is_special, begin, end in _runs(tokenizer, ids, [i in special for i in ids], whole):
+        if not is_special:
+            cuts = [part for part in ends if part[0] < end and part[1] > begin]
+            for cut_at, behind in cuts:
+                kept += whole[begin : max(begin, cut_at)]
+                begin = behind
+            kept += whole[begin:end]
+    return cut(kept, stops) if all(new) else kept
+
+
+def _runs(
+    tokenizer: Tokenizer, ids: Sequence[int], kinds: Sequence[bool], whole: str
+) -> Iterator[tuple[bool, int, int]]:
+    """Runs of tokens of one kind, and where in the text of all tokens each begins and ends."""
+    count = begin = 0
+    for kind, run in itertools.groupby(kinds):
+        count += len(list(run))
+        text = tokenizer.decode(
+            ids[:count], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        # A character whose bytes come from both sides belongs to the next run.
+        end = len(whole) if count == len(ids) else len(os.path.commonprefix([text, whole]))
+        yield kind, begin, end
+        begin = end
+
+
+def _first_stop(whole: str, stops: Iterable[str], begin: int, end: int) -> int:
+    """Where the first stop text begins that has letters in a part of a text; else its end."""
+    found = [whole.find(stop, max(0, begin - len(stop) + 1)) for stop in stops]
+    return max(begin, min((at for at in found if 0 <= at < end), default=end))
+
+
+def _special_ids(tokenizer: Tokenizer) -> set[int]:
+    """The tokens that are left out of a text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, what in added if what.special)}
 
 
 def pieces(tokenizer: Tokenizer, ids: Ids) -> list[str]:

@@ -296,6 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     compilation.use_cache(args.compile_cache)
     try:
+        compilation.check_devices()
         check(args)
         drawn = list(itertools.islice(problems(args.seed, "heldout"), args.problems))
         opened = {name: checkpoint.load(name) for name in args.models}

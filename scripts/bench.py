@@ -161,6 +161,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
     Raises:
       ValueError, OSError: what is wrong, in one sentence; before any long work.
     """
+    compilation.check_devices()
     compilation.use_cache(args.compile_cache)
     config, directory = open_config(args.preset)
     dtype = choose_dtype(args.dtype, config)

@@ -171,6 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     compilation.use_cache(args.compile_cache)
     names = list(cache.METHODS) if args.caches == "all" else args.caches.split(",")
     try:
+        compilation.check_devices()
         check_matplotlib()
         files.check_folder(args.out, "--out")
         loaded = dlm_jax.load(args.model)

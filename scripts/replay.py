@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     counts = dict(passed=0, failed=0, unsupported=0)
     try:
+        compilation.check_devices()
         cases = {path: _read(path) for path in _case_files(args.cases)}
         for path, case in cases.items():
             outcome, detail = replay(case, args.checkpoints)
@@ -229,7 +230,7 @@ def _case_files(paths: list[Path]) -> Iterator[Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        case = json.loads(path.read_text())
+        case = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); give a recorded case.") from error
     wanted = {"name", "source", "model", "prompt", "prompt_mask", "args", "expected"}

@@ -319,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     compilation.use_cache(args.compile_cache)
     try:
+        compilation.check_devices()
         check(args)
         if args.plot is not None:
             check_picture(args.plot, "--plot")

@@ -291,7 +291,7 @@ def check_recipe(work: Path, recipe: Recipe) -> None:
     depends on it.
     """
     path, wanted = work / "recipe.json", dataclasses.asdict(recipe)
-    found = json.loads(path.read_text()) if path.exists() else wanted
+    found = json.loads(path.read_text(encoding="utf-8-sig")) if path.exists() else wanted
     for name, value in wanted.items():
         if name != "steps" and found.get(name) != value:
             raise ValueError(
@@ -396,6 +396,7 @@ def main() -> int:
     compilation.use_cache(args.compile_cache)
     out = args.out or ASSETS / f"{args.family}-tiny-math"
     try:
+        compilation.check_devices()
         if args.evaluate is not None:
             if args.evaluate < 1:
                 raise ValueError(f"--evaluate is {args.evaluate}; it must be at least 1.")

@@ -164,7 +164,7 @@ def test_the_masks_in_a_text_are_filled(model, capsys, tmp_path):
     history = tmp_path / "history.json"
     prompts = ["a [MASK*3]b<|mask|>c", "[MASK]"]
     argv = ["--model", model, "--infill", "--json", "--history", str(history), *prompts]
-    assert generate.main([*argv, "--suppress", "<|endoftext|>", "--suppress=97"]) == 0
+    assert generate.main([*argv, "--suppress", "<|endoftext|>", "--suppress=id:97"]) == 0
     first, second = (json.loads(line) for line in lines(capsys.readouterr().out))
     assert (first["prompt"], second["prompt"]) == ("a [MASK*3]b<|mask|>c", "[MASK]")
     opened = tokenizer.open_tokenizer(model)
@@ -285,9 +285,15 @@ WRONG = {
     ),
     "suppress": (["--suppress=no"], "--suppress: 'no' is 2 tokens, "),
     "suppress mask": (["--suppress=<|mask|>"], "suppress has the mask token"),
-    "suppress id": (["--suppress=320"], "suppress has token id 320; it must lie in 0 to 319"),
-    "suppress nothing": (["--suppress="], "a token's text, or its id"),
-    "suppress surrogate": (["--suppress=\udcff"], "a token's text, or its id"),
+    "suppress id": (["--suppress=id:320"], "suppress has token id 320; it must lie in 0 to 319"),
+    "suppress number": (["--suppress=97"], "'97' is 2 tokens, [24, 22]; it must be exactly one"),
+    "suppress nothing": (["--suppress="], "a token's text, or id:N"),
+    "suppress surrogate": (["--suppress=\udcff"], "a token's text, or id:N"),
+    "eos": (["--eos=no"], "--eos: 'no' is 2 tokens, "),
+    "eos nothing": (["--eos="], "--eos is ''; it must be a token's text, or id:N"),
+    "eos id": (["--eos=id:3", "--eos=id:320"], "eos_id has token id 320"),
+    "eos mask": (["--eos=<|mask|>"], "eos_id has the mask token"),
+    "min p": (["--min-p=1"], "min_p is 1.0; it must lie in [0, 1)"),
     "suppress no text": (
         ["--model", str(CHECKPOINTS / "llada-tiny"), "--suppress=a", "--prompt-ids={tmp}/one.json"],
         "give the token's id",

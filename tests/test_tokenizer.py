@@ -268,7 +268,11 @@ def test_masks_are_written_with_the_tokenizers_own_text(tok):
 def test_a_token_is_a_text_or_an_id(tok):
     assert tk.token_id(tok, "<|endoftext|>") == tok.eos_token_id
     assert tk.token_id(tok, " hello") == tok.convert_tokens_to_ids("Ġhello")
-    assert tk.token_id(tok, "12") == tk.token_id(None, "12") == 12
+    assert tk.token_id(tok, "id:12") == tk.token_id(None, "id:12") == 12
+    # A digit is a text as any other.
+    assert tk.token_id(tok, "5") == tok.convert_tokens_to_ids("5") != 5
+    with pytest.raises(ValueError, match=r"'12' is 2 tokens, .*; an id is written id:12\."):
+        tk.token_id(tok, "12")
     with pytest.raises(ValueError, match=r"'hello hello' is 2 tokens, .* exactly one"):
         tk.token_id(tok, "hello hello")
     with pytest.raises(ValueError, match="needs a tokenizer"):

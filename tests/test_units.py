@@ -164,8 +164,8 @@ class TestDecodeConfig:
 
     def test_an_answer_ends_at_the_model_s_token_unless_another_one_is_given(self):
         config = small_config(eos_id=38)
-        assert DecodeConfig().end_of_text(config) == 38
-        assert DecodeConfig(eos_id=0).end_of_text(config) == 0
+        assert DecodeConfig().ends_of_text(config) == (38,)
+        assert DecodeConfig(eos_id=0).ends_of_text(config) == (0,)
 
     def test_a_cache_that_must_know_the_order_gets_a_random_one(self):
         greedy, dual = cache.make("dkv-greedy"), cache.make("dual")

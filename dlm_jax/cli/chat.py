@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Callable
 
+from dlm_jax.cli import options, streams
 from dlm_jax.engine import PromptError
+from dlm_jax.tokenizer import TemplateError
 
 Message = dict[str, str]
 """`{"role": "user" | "assistant", "content": text}`, as chat templates take it."""
@@ -14,8 +16,8 @@ def converse(
 ) -> None:
     """Reads messages from standard input and prints the replies, until either side ends it.
 
-    A message that gets no reply, because the conversation outgrew the model's context or the user
-    interrupted, is taken back.
+    A message that gets no reply, because the conversation outgrew the model's context, the chat
+    template has no place for it or the user interrupted, is taken back; so is one that is no text.
 
     Args:
       reply: messages so far and number of the turn -> the next message.
@@ -26,10 +28,13 @@ def converse(
         note("Type a message; /reset forgets the conversation, /quit or Ctrl-D ends it.")
     else:
         note("No chat template, so every line is a prompt of its own; /quit or Ctrl-D ends.")
+    streams.take_any_bytes()
     messages: list[Message] = []
     turn = 0
     while (line := _read()) not in (None, "/quit"):
-        if line == "/reset":
+        if not options.is_unicode(line):
+            note("That is no valid Unicode text, so nothing is made of it; type it anew.")
+        elif line == "/reset":
             messages = []
             note("The conversation starts anew.")
         elif line.startswith("/"):
@@ -38,7 +43,7 @@ def converse(
             asked = [*messages, {"role": "user", "content": line}]
             try:
                 text = reply(asked, turn)
-            except PromptError as error:
+            except (PromptError, TemplateError) as error:
                 note(f"{error} Or forget the conversation with /reset." if messages else str(error))
                 continue
             except KeyboardInterrupt:

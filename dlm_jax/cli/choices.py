@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +23,21 @@ def overrides(args: argparse.Namespace, tok: Any) -> dict[str, Any]:
     Raises:
       ValueError: an argument that the strategy does not have, or a token that is none.
     """
-    try:
-        suppress = tuple(tokenizer.token_id(tok, text) for text in args.suppress)
-    except ValueError as error:
-        raise ValueError(f"--suppress: {error}") from error
+    suppress = _tokens("--suppress", args.suppress, tok)
+    ends = _tokens("--eos", args.eos, tok)
     chosen = {name: getattr(args, name) for name in passed(args)}
-    chosen |= dict(stop_until_eos=args.stop_at_eos or None, suppress=suppress or None)
+    chosen |= dict(stop_until_eos=args.stop_at_eos or None)
+    chosen |= dict(suppress=suppress or None, eos_id=ends or None)
     given = {name: value for name, value in chosen.items() if value is not None}
     return given if args.strategy is None else _with_strategy(given, args.strategy_args)
+
+
+def _tokens(option: str, texts: Sequence[str], tok: Any) -> tuple[int, ...]:
+    """The tokens that an option names, each once."""
+    try:
+        return tuple(dict.fromkeys(tokenizer.token_id(tok, text) for text in texts))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def passed(args: argparse.Namespace) -> list[str]:

@@ -59,7 +59,7 @@ class Canvas:
             textwrap.shorten(text, PROMPT_LENGTH, placeholder=" ...") for text in prompts
         ]
         self._config, self._tokenizer = config, tokenizer
-        self._special = {config.eos_id, config.pad_id, config.mask_id}
+        self._special = {config.eos_id, *config.more_eos_ids, config.pad_id, config.mask_id}
         if tokenizer is not None:
             self._special |= set(tokenizer.all_special_ids)
         self._mask = self._mask_picture(rows)

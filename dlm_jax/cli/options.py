@@ -10,13 +10,14 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dlm_jax import compilation, files
+from dlm_jax.answers import NotFinite
+from dlm_jax.cli import streams
 
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
@@ -35,6 +36,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            streams.tell(message.rstrip("\n"))
+        sys.exit(status if streams.flushed(self.prog) else 1)
 
     def format_help(self) -> str:
         """Reads the names that an option can have only now, since importing them takes time."""
@@ -80,6 +86,7 @@ def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
     add("--temperature", type=number, metavar="X", help="0 takes the most probable token [0]")
     add("--top-p", type=number, metavar="X", help="nucleus filter, in (0, 1] [off]")
     add("--top-k", type=whole, metavar="K", help="draw from the K most probable tokens [off]")
+    add("--min-p", type=number, metavar="X", help="drop what is less than X times the best's [off]")
     add("--seed", type=seed, default=0, metavar="N", help="seed of the sampling [0]")
     add("--cfg-scale", type=number, metavar="X", help="classifier-free guidance [0, off]")
     add(
@@ -87,7 +94,14 @@ def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a token, as text or id, that is never generated; may be repeated",
+        help="a token, as its text or id:N, that is never generated; may be repeated",
+    )
+    add(
+        "--eos",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a token, as its text or id:N, that ends an answer; may be repeated [the model's]",
     )
     add("--stop-at-eos", action="store_true", help="spend nothing on what follows the answer's end")
 
@@ -165,9 +179,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
       ValueError: one sentence.
     """
-    for text in args.suppress:
-        if not text or not is_unicode(text):
-            raise ValueError(f"--suppress is {text!r}; it must be a token's text, or its id.")
+    for option, texts in (("--suppress", args.suppress), ("--eos", args.eos)):
+        for text in texts:
+            if not text or not is_unicode(text):
+                raise ValueError(f"{option} is {text!r}; it must be a token's text, or id:N.")
     if args.strategy_args and args.strategy is None:
         raise ValueError("--strategy-args are arguments of a strategy; choose it with --strategy.")
     if args.clip_alpha is not None and args.debias is None:
@@ -202,23 +217,30 @@ def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: 
     Args:
       program: its name.
       prepare: checks what was asked for, and returns the long work. What it raises is told in one
-        sentence, with status 2.
+        sentence, with status 2, or 1 if it is about the standard streams.
       memory: what to do if the memory does not suffice.
     """
+    with streams.ready():
+        return _command(program, prepare, memory)
+
+
+def _command(program: str, prepare: Callable[[], Callable[[], None]], memory: str) -> int:
     try:
         try:
+            streams.check_output()
             work = prepare()
+        except streams.StreamError:
+            raise
         except (ValueError, OSError) as error:
             return _fail(program, error, 2)
         work()
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Nobody reads on. Without this, Python would complain when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads on
+        streams.give_up(sys.stdout)
         return 141
-    except OSError as error:
+    except (OSError, NotFinite) as error:
         return _fail(program, error, 1)
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -231,8 +253,12 @@ def _fail(program: str, error: Exception, status: int) -> int:
     """Tells in one line what is wrong."""
     sentence = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        sentence = f"{error.filename}: {error.strerror}."
-    print(f"{program}: {sentence}", file=sys.stderr)
+        if streams.is_of_stream(error):
+            streams.tell_failure(program, error)
+            return 1
+        where = "" if error.filename is None else f"{error.filename}: "
+        sentence = f"{where}{error.strerror}."
+    streams.tell(f"{program}: {sentence}")
     return status
 
 

@@ -21,13 +21,13 @@ from rich.console import Console
 
 import dlm_jax
 from dlm_jax import cache, checkpoint, compilation, tokenizer
-from dlm_jax.answers import Answer, Result
+from dlm_jax.answers import Result
 from dlm_jax.batching import fit
 from dlm_jax.batching.batches import Request, answered, in_order
 from dlm_jax.batching.responses import Responses, digest, fingerprint
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.cli import chat, choices, output, plan, progress
+from dlm_jax.cli import chat, choices, output, plan, progress, streams
 from dlm_jax.cli.interrupt import interruptible
 from dlm_jax.cli.live import Canvas
 from dlm_jax.cli.plan import Group, Planner, Question
@@ -100,6 +100,11 @@ class Job:
         config = checkpoint.inspect(directory).config
         tok = tokenizer.open_tokenizer(directory)
         as_chat = _use_chat(args, tok)
+        if args.interactive:
+            streams.check_input()
+            if as_chat:  # a template that is broken is told before the weights are read
+                hello = [{"role": "user", "content": "Hello"}]
+                tokenizer.conversation(tok, hello, add_generation_prompt=True)
         method = cache.make(args.cache, **args.cache_args)
         planner = Planner(args, tok, config, method, as_chat)
         questions = planner.questions(prompts)
@@ -242,8 +247,9 @@ class Job:
             totals.add(result)
             if self.args.history is not None:
                 output.history(self.args.history, result, self.checkpoint.config.mask_id)
+            engine, steps = self._engine(group.decode), self._steps(group.decode)
             return [
-                output.response(answer, result, self.text(answer), self._steps(group.decode))
+                output.response(answer, result, engine.text(answer, self.args.stop), steps)
                 for answer in result.answers
             ]
 
@@ -298,8 +304,7 @@ class Job:
         totals = output.Totals()
         totals.add(result)
         self.note(totals.sentence(self._steps(self.decode)), style="dim")
-        shown = self.text(result.answers[0])
-        return " ".join(map(str, result.answers[0].ids)) if shown is None else shown
+        return engine.text(result.answers[0], self.args.stop) or ""
 
     # --- both -------------------------------------------------------------------------------------
 
@@ -320,10 +325,6 @@ class Job:
                 progress=lambda name: self.phase(name),
             )
         return self._engines[decode]
-
-    def text(self, answer: Answer) -> str | None:
-        """The answer as it is shown: up to the first stop string; None without a tokenizer."""
-        return None if answer.text is None else tokenizer.cut(answer.text, self.args.stop)
 
     def note(self, text: str, *, style: str | None = None) -> None:
         """Writes a line to standard error."""

@@ -33,15 +33,23 @@ def check(decode: "DecodeConfig") -> None:
 def check_model(decode: "DecodeConfig", config: Config) -> None:
     """Refuses a model that the decoding has no meaning for."""
     decode.strategy.check_model(config)
-    for name, ids in (("eos_id", (decode.eos_id,)), ("suppress", decode.suppress)):
+    ends = decode.ends_of_text(config)
+    for name, ids in (("eos_id", ends), ("suppress", decode.suppress)):
         for token in ids:
-            if token is not None and not 0 <= token < config.vocab_size:
+            if not 0 <= token < config.vocab_size:
                 raise ValueError(
                     f"{name} has token id {token}; it must lie in 0 to {config.vocab_size - 1}."
                 )
             if token == config.mask_id:
                 raise ValueError(f"{name} has the mask token; it must be another one.")
-    if len(set(decode.suppress)) >= config.vocab_size - 1:
+    for first, behind in decode.unused:
+        if not 0 <= first < behind <= config.vocab_size:
+            raise ValueError(
+                f"unused has the range {first} to {behind}; it must lie within the vocabulary, 0 "
+                f"to {config.vocab_size}."
+            )
+    never = {*decode.suppress, *(id for part in decode.unused for id in range(*part))}
+    if len(never - {config.mask_id}) >= config.vocab_size - 1:
         raise ValueError("suppress has every token; leave some that can be predicted.")
 
 
@@ -58,9 +66,24 @@ def _check_numbers(decode: "DecodeConfig") -> None:
         isinstance(token, Integral) for token in decode.suppress
     ):
         raise ValueError(f"suppress is {decode.suppress!r}; it must be a tuple of token ids.")
+    if not all(
+        isinstance(part, tuple) and len(part) == 2 and all(isinstance(id, Integral) for id in part)
+        for part in decode.unused
+    ):
+        raise ValueError(f"unused is {decode.unused!r}; it must be a tuple of pairs of token ids.")
+    ends = decode.eos_id if isinstance(decode.eos_id, tuple) else (decode.eos_id,)
+    if not ends or not (
+        decode.eos_id is None
+        or all(isinstance(token, Integral) and not isinstance(token, bool) for token in ends)
+    ):
+        raise ValueError(
+            f"eos_id is {decode.eos_id!r}; it must be a token id, or a tuple of several."
+        )
     if not 0.0 < decode.eps < 1.0:
         raise ValueError(f"eps is {decode.eps}; it must lie between 0 and 1.")
     check_number("top_p", decode.top_p, "lie in (0, 1]", above=0, most=1, optional=True)
+    below_one = math.nextafter(1.0, 0.0)
+    check_number("min_p", decode.min_p, "lie in [0, 1)", least=0, most=below_one, optional=True)
     for name in ("temperature", "alg_temp", "cfg_scale"):
         check_number(name, getattr(decode, name), "be 0 or above", least=0, optional=True)
     check_number("sigma", decode.sigma, "be above 0", above=0, most=math.inf, optional=True)

@@ -52,6 +52,8 @@ class DecodeConfig:
       temperature: 0 or None takes the most probable token, above 0 samples.
       top_p: nucleus filter in (0, 1]; 1 or None switches it off.
       top_k: keeps the k most probable tokens; None switches it off.
+      min_p: keeps the tokens with at least this share of the most probable one's probability, in
+        [0, 1); 0 or None switches it off. A token must pass all filters that are on.
       alg_temp: above 0, the positions of a step are drawn from the softmax of confidence divided
         by it (Dream); None or 0 takes the surest.
       sigma: certainty-prior guidance: a confidence counts in proportion to how much is known
@@ -64,8 +66,10 @@ class DecodeConfig:
         what is then a mask stays one.
       fill_past_eos: with `stop_until_eos`, a row that is not done yet may also commit tokens of its
         block behind the end of the text, as the d2Cache framework does.
-      eos_id: the end-of-text token; None takes the model's.
+      eos_id: the token that ends a text, or several of which any does; None takes the model's.
       suppress: ids of tokens that are never predicted, as if the model gave them no probability.
+      unused: the same for ranges of ids, `(first, behind the last)`: what a vocabulary has beyond
+        its tokenizer. An `Engine` adds what its tokenizer has no token for.
       infill: whether masks inside the prompt are to be filled as well; they belong to the first
         block. Costs logits at every position. Without it prompts never change.
       ban_mask: never commit the mask token. Confidences stay normalised over the whole vocabulary.
@@ -95,14 +99,16 @@ class DecodeConfig:
     temperature: Number = number(None)
     top_p: Number = number(None)
     top_k: Number = number(None, dtype=jnp.int32)
+    min_p: Number = number(None)
     alg_temp: Number = number(None)
     sigma: Number = number(None)
     clip_alpha: Number = number(10.0)
     cfg_scale: Number = number(None)
     stop_until_eos: bool = False
     fill_past_eos: bool = False
-    eos_id: int | None = None
+    eos_id: int | tuple[int, ...] | None = None
     suppress: tuple[int, ...] = ()
+    unused: tuple[tuple[int, int], ...] = ()
     infill: bool = False
     ban_mask: bool = True
     leave_early: bool = True
@@ -115,11 +121,17 @@ class DecodeConfig:
         self._set(strategy=_strategy(self.strategy, rules, self.alg))
         if self.alg in _named_by_alg():
             self._set(alg="low_confidence")
-        if isinstance(self.suppress, list):
-            self._set(suppress=tuple(self.suppress))
+        for name in ("eos_id", "suppress"):
+            if isinstance(getattr(self, name), list):
+                self._set(**{name: tuple(getattr(self, name))})
+        if isinstance(self.unused, list | tuple):
+            ranges = (tuple(part) if isinstance(part, list) else part for part in self.unused)
+            self._set(unused=tuple(ranges))
         checks.check(self)
+        if isinstance(self.eos_id, tuple) and len(self.eos_id) == 1:
+            self._set(eos_id=self.eos_id[0])
         # One way to say that something is off, so that this decides the program.
-        for name in ("temperature", "alg_temp", "cfg_scale"):
+        for name in ("temperature", "min_p", "alg_temp", "cfg_scale"):
             if not positive(getattr(self, name)):
                 self._set(**{name: None})
         if concrete(self.top_p) and self.top_p >= 1:
@@ -200,9 +212,11 @@ class DecodeConfig:
             return tuple(sorted(fitting, key=lambda name: name != "fixed"))
         return fitting
 
-    def end_of_text(self, config: Config) -> int:
-        """The token that ends a text."""
-        return config.eos_id if self.eos_id is None else self.eos_id
+    def ends_of_text(self, config: Config) -> tuple[int, ...]:
+        """The tokens of which any ends a text."""
+        if self.eos_id is None:
+            return (config.eos_id, *config.more_eos_ids)
+        return self.eos_id if isinstance(self.eos_id, tuple) else (self.eos_id,)
 
     def check(self, config: Config) -> None:
         """Refuses a model that this decoding has no meaning for.

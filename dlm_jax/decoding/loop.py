@@ -40,6 +40,10 @@ class GenerateOutput(NamedTuple):
     """Model forwards of the batch."""
     steps: Int[Array, " B"]
     """Forwards in which the row had something to fill."""
+    not_finite_at: Int[Array, " B"]
+    """The first forward in which a prediction for the row was made of a NaN, or of infinite logits
+    only or at best, as float16 overflow makes them: its tokens are then meaningless. -1 if none
+    was."""
     history: Int[Array, "T B L"] | None
     """The canvas after every forward, if recorded; the first `nfe` entries are meaningful."""
     positions_asked: Float[Array, "T B"]
@@ -74,6 +78,7 @@ class Frame(NamedTuple):
     """Of this forward, per row."""
     steps: Int[Array, " B"]
     """Forwards so far in which the row had something to fill."""
+    not_finite_at: Int[Array, " B"]
 
 
 def diffusion_generate(
@@ -195,6 +200,7 @@ def frames(setup: Setup, state: DecodeState) -> Iterator[Frame]:
             state.confidence_BL,
             float(setup.widths[shape]),
             state.rows.step_B,
+            state.not_finite_at_B,
         )
 
 
@@ -270,6 +276,7 @@ def _generate(
         confidence=state.confidence_BL,
         nfe=state.nfe,
         steps=state.rows.step_B,
+        not_finite_at=state.not_finite_at_B,
         history=canvas_TBL,
         positions_asked=state.asked_TB,
         positions_computed=jnp.broadcast_to(slots_T[:, None], state.asked_TB.shape),

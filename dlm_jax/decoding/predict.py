@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dlm_jax import queries
 from dlm_jax.decoding import guidance
@@ -37,6 +38,8 @@ class Predictions(NamedTuple):
     """How sure the model is, to rank by; `Measure.level` turns a confidence into one."""
     confidence: Float[Array, "*B W"]
     """The same, as it is reported."""
+    finite: Bool[Array, "*B W"]
+    """Whether the distribution is one: no logit NaN, and the best one not infinite."""
     kept: PyTree
     """What `Strategy.read` keeps."""
 
@@ -130,14 +133,19 @@ def _sample(
         temperature=decode.temperature,
         top_p=decode.top_p,
         top_k=decode.top_k,
+        min_p=decode.min_p,
     )
     score_BW = measure.score(said, token_BW)
+    # A NaN is the largest of all and thus the candidate, or else, where it may not be one, in the
+    # normalisation of every measure.
+    best_BW = jnp.take_along_axis(logits_BWV, token_BW[..., None], axis=-1)[..., 0]
+    finite_BW = jnp.isfinite(best_BW) & ~jnp.isnan(score_BW)
     confidence_BW = measure.report(score_BW)
     if setup.debias is not None:
         score_BW = confidence_BW = setup.debias.calibrate(confidence_BW, token_BW)
     read = jax.vmap(functools.partial(setup.strategy.read, measure))
     kept = read(said, queries.gather(rows.tokens_BL, slot_BW))
-    return Predictions(token_BW, score_BW, confidence_BW, kept)
+    return Predictions(token_BW, score_BW, confidence_BW, finite_BW, kept)
 
 
 def _adjust(
@@ -156,6 +164,11 @@ def _logits(
         logits = guidance.combine(conditional, unconditional, setup.decode.cfg_scale)
     if setup.decode.suppress:
         logits = logits.at[..., jnp.asarray(setup.decode.suppress)].set(-jnp.inf)
+    if setup.decode.unused:
+        unused_V = np.zeros(logits.shape[-1], bool)
+        for first, behind in setup.decode.unused:
+            unused_V[first:behind] = True
+        logits = jnp.where(unused_V[None, None], -jnp.inf, logits)
     if hook is None:
         return logits
     located = "positions" in inspect.signature(hook).parameters

@@ -141,8 +141,9 @@ def _before_end(setup: Setup, tokens_L: Int[Array, " L"]) -> Bool[Array, " L"]:
     if not setup.decode.stop_until_eos:
         return jnp.ones(tokens_L.shape, bool)
     generated_L = jnp.arange(setup.geo.length) >= setup.geo.prompt
-    end = setup.decode.end_of_text(setup.model.config)
-    return jnp.cumsum((tokens_L == end) & generated_L) == 0
+    ends = setup.decode.ends_of_text(setup.model.config)
+    ended_L = functools.reduce(jnp.logical_or, [tokens_L == end for end in ends])
+    return jnp.cumsum(ended_L & generated_L) == 0
 
 
 def _next_block(

@@ -99,7 +99,9 @@ class Chance(NamedTuple):
 
     def uniform_L(self, purpose: int) -> Float[Array, " L"]:
         """A number in [0, 1) for every position."""
-        return jax.vmap(jax.random.uniform)(self.keys_L(purpose))
+        return jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32))(
+            self.keys_L(purpose)
+        )
 
 
 TOKEN, CHOICE, ORDER = 0, 1, 2

@@ -114,6 +114,7 @@ def sample(
     temperature: Float[Array, ""] | None = None,
     top_p: Float[Array, ""] | None = None,
     top_k: Int[Array, ""] | None = None,
+    min_p: Float[Array, ""] | None = None,
 ) -> tuple[Int[Array, "B W"], Distributions]:
     """Draws one candidate per position, out of distributions that are returned as well.
 
@@ -125,16 +126,17 @@ def sample(
       temperature: None takes the most probable token (the lowest id among equals), as 0 does.
       top_p: nucleus filter; None switches it off.
       top_k: keeps the k largest logits; None switches it off.
+      min_p: keeps what has at least this share of the best token's probability; None: off.
     """
     scaled = logits
     if temperature is not None:
         scaled = logits / jnp.broadcast_to(jnp.where(temperature > 0, temperature, 1), logits.shape)
-    kept = keep(scaled, top_p, top_k)
+    kept = keep(scaled, top_p, top_k, min_p)
     allowed = jnp.ones(logits.shape, bool)
     if banned is not None:
         allowed = jnp.broadcast_to(jnp.arange(logits.shape[-1]) != banned, logits.shape)
     ranked = scaled
-    if top_p is not None or top_k is not None:
+    if not (top_p is None and top_k is None and min_p is None):
         some = jnp.any(kept & allowed, axis=-1, keepdims=True)
         ranked = jnp.where(kept | ~some, scaled, -jnp.inf)
     if temperature is not None:
@@ -165,14 +167,23 @@ def best(x: Float[Array, "*W V"], banned: int | None = None) -> Int[Array, "*W"]
 
 
 def keep(
-    logits: Float[Array, "B W V"], top_p: Float[Array, ""] | None, top_k: Int[Array, ""] | None
+    logits: Float[Array, "B W V"],
+    top_p: Float[Array, ""] | None,
+    top_k: Int[Array, ""] | None,
+    min_p: Float[Array, ""] | None = None,
 ) -> Bool[Array, "B W V"]:
-    """Which tokens survive the nucleus and the top-k filter; equal logits survive together.
+    """Which tokens survive all filters, of which each looks at the whole distribution.
 
-    The nucleus keeps the token that crosses `top_p`, and always the most probable one.
+    Equal logits survive together, and the most probable token always does. The nucleus keeps the
+    token that crosses `top_p`. What is not a number survives, so that it is found.
     """
+    kept = jnp.ones(logits.shape, bool)
+    if min_p is not None:
+        least = jnp.max(logits, axis=-1, keepdims=True)
+        least = least + jnp.log(jnp.broadcast_to(min_p, least.shape))
+        kept = ~(logits < least)
     if top_p is None and top_k is None:
-        return jnp.ones(logits.shape, bool)
+        return kept
     order = jnp.sort(logits, axis=-1, descending=True)
     count_BW = jnp.full(logits.shape[:-1], logits.shape[-1], jnp.int32)
     if top_p is not None:
@@ -184,7 +195,7 @@ def keep(
     if top_k is not None:
         count_BW = jnp.minimum(count_BW, jnp.broadcast_to(top_k, count_BW.shape))
     threshold = jnp.take_along_axis(order, jnp.maximum(count_BW - 1, 0)[..., None], axis=-1)
-    return logits >= threshold
+    return kept & ~(logits < threshold)
 
 
 def _gumbel(key_BW: Key[Array, "B W"], size: int) -> Float[Array, "B W V"]:

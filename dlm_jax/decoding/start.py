@@ -142,6 +142,7 @@ def begin(setup: Setup, tokens_BL: Int[Array, "B L"], record: tuple[str, ...] = 
         ),
         committed_at_BL=jnp.full(tokens_BL.shape, -1, jnp.int32),
         confidence_BL=nothing_BL,
+        not_finite_at_B=jnp.full(batch, -1, jnp.int32),
         nfe=jnp.zeros((), jnp.int32),
         block_masks_B=zeros_B,
         strategy_memory=for_each(strategy.init(config, geo), batch),

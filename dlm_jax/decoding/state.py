@@ -156,6 +156,8 @@ class DecodeState(NamedTuple):
     committed_at_BL: Int[Array, "B L"]
     confidence_BL: Float[Array, "B L"]
     """Of the tokens when they were committed."""
+    not_finite_at_B: Int[Array, " B"]
+    """The first forward that did not say of numbers what comes next; -1 as long as all did."""
     # progress
     nfe: Int[Array, ""]
     block_masks_B: Int[Array, " B"]

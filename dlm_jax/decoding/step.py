@@ -41,6 +41,8 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     confidence_BL = queries.scatter(nowhere_BL, predictions.confidence, seen.slot_BW)
     confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
     told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
+    wanted_BW = seen.slot_BW < setup.geo.length
+    broken_B = jnp.any(wanted_BW & ~predictions.finite, axis=-1) & (state.not_finite_at_B < 0)
 
     # Remember.
     def observe(row: Row, memory: PyTree, *observed: PyTree) -> PyTree:
@@ -61,6 +63,7 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
         rows=rows._replace(tokens_BL=tokens_BL),
         committed_at_BL=committed_at_BL,
         confidence_BL=jnp.where(committed_at_BL < 0, 0.0, told_BL),
+        not_finite_at_B=jnp.where(broken_B, state.nfe, state.not_finite_at_B),
         nfe=state.nfe + 1,
         strategy_memory=if_active(rows.active_B, strategy_memory, state.strategy_memory),
         memory=if_active(rows.active_B, memory, state.memory),
@@ -115,7 +118,7 @@ def _record(
 
     layer_sets = jax.vmap(sets)(state.selected_BL, acc)
     counts = [jnp.sum(set_BL, axis=-1, dtype=jnp.float32) for set_BL in layer_sets]
-    asked_B = setup.copies * sum(counts, jnp.zeros(())) / len(counts)
+    asked_B = setup.copies * sum(counts, jnp.zeros((), jnp.float32)) / len(counts)
 
     def put(values_TBL: Array, value_BL: Array) -> Array:
         return values_TBL.at[state.nfe].set(value_BL)

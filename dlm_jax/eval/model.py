@@ -186,9 +186,9 @@ class DiffusionLM(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation, up to the next answer or to the end of its last message."""
-        return self.tokenizer.apply_chat_template(
+        return tokenizer.conversation(
+            self.tokenizer,
             chat_history,
-            tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dlm_jax import sharding, tokenizer
-from dlm_jax.answers import Answer
+from dlm_jax.answers import NotFinite
 from dlm_jax.batching.batches import Request
 from dlm_jax.cache import CacheMethod, NoCache
 from dlm_jax.checkpoint import Checkpoint
@@ -90,6 +90,9 @@ class Generator:
             compile_seconds: the same of compiling its program, which is not in `seconds`.
             memory_mib: memory that the largest program so far needs on a device.
             setup: devices, and sequences that are decoded at a time.
+
+        Raises:
+          NotFinite: the model's numbers are NaN or infinite.
         """
         prompts: list[Prompt] = [request.work for request in batch]
         engine = self._engine(*group)
@@ -98,7 +101,7 @@ class Generator:
         result = engine.run([prompt.ids for prompt in filled], keys)
         return [
             dict(
-                text=self._text(answer, group[0], prompt.stops),
+                text=engine.text(answer, prompt.stops),
                 tokens=answer.tokens,
                 input_length=len(prompt.ids),
                 forwards=answer.forwards,
@@ -124,16 +127,6 @@ class Generator:
                 self._checkpoint, decode, method, token_freq=self._token_freq, mesh=self._mesh
             )
         return engine
-
-    def _text(self, answer: Answer, decode: DecodeConfig, stops: Sequence[str]) -> str:
-        """The answer up to its end or a stop text, which may be a special token."""
-        tok, config = self._checkpoint.tokenizer, self._checkpoint.config
-        said = tokenizer.until_eos(answer.ids, decode.end_of_text(config))
-        kept = [token for token in said if token != config.mask_id]
-        text = tok.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        text = tokenizer.cut(text, stops)
-        ids = tok(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokenizer.decode(tok, ids)
 
 
 class Scorer:
@@ -188,6 +181,9 @@ class Scorer:
 
         Returns:
           A response per request: `log_likelihood` in nats, and whether it is `greedy`.
+
+        Raises:
+          NotFinite: the model's numbers are NaN or infinite.
         """
         if group == 0:  # nothing is certain
             certain = dict(log_likelihood=0.0, greedy=self._greedy is not None)
@@ -197,6 +193,8 @@ class Scorer:
         keys = _keys(self._key, [pair.noise for pair in pairs])
         inputs = jax.device_put((self._pad(pairs, group), keys), self._split)
         scores = np.asarray(self._score(self._checkpoint.params, *inputs)).tolist()
+        if not np.isfinite(scores).all():
+            raise NotFinite("in the forwards of a likelihood")
         greedy = self._is_greedy(pairs)
         return [dict(log_likelihood=scores[i], greedy=greedy[i]) for i in range(len(batch))]
 

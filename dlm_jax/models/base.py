@@ -44,6 +44,7 @@ class Config:
       shift: the prediction for position p is read at p - shift.
       mask_id: token id of the mask.
       eos_id: token id that ends an answer.
+      more_eos_ids: others of which any ends one as well.
       pad_id: token id used to left-pad prompts; never attended.
     """
 
@@ -64,8 +65,10 @@ class Config:
     mask_id: int
     eos_id: int
     pad_id: int
+    more_eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "more_eos_ids", tuple(self.more_eos_ids))  # JSON has but lists
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -75,11 +78,11 @@ class Config:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
-        for name in ("mask_id", "eos_id", "pad_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+        named = [(name, getattr(self, name)) for name in ("mask_id", "eos_id", "pad_id")]
+        for name, token in (*named, *(("more_eos_ids", token) for token in self.more_eos_ids)):
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be a token id below vocab_size, "
-                    f"{self.vocab_size}."
+                    f"{name} is {token}; it must be a token id below vocab_size, {self.vocab_size}."
                 )
 
     def room(self, answer: int) -> int:
