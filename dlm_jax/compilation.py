@@ -75,8 +75,8 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # what a backend raises that is not there
         asked: Any = jax.config  # its attributes come from a table
         reason = " ".join(str(error).partition(" (set JAX_PLATFORMS")[0].split()).rstrip(".")
+        reason = reason or "there is no such device"
         if asked.jax_platforms:
-            reason = reason or "there is no such device"
             raise ValueError(
                 f"JAX_PLATFORMS is {asked.jax_platforms!r}, which does not work here: {reason}; "
                 "leave it unset, or set it to cpu."

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import jax
 import pytest
-from places import CHECKPOINTS
+from places import CHECKPOINTS, ROOT
+from tiny_models import prompts, small
 
 import dlm_jax
 from dlm_jax import DecodeConfig, cache, compilation, generate
+from dlm_jax.decoding.loop import diffusion_generate
 from dlm_jax.engine import Engine
 
 CHANGED = (
@@ -202,3 +204,77 @@ def test_a_second_process_compiles_nothing_and_none_imports_what_it_does_not_nee
     assert not {"orbax", "optax", "chex", "torch", "transformers", "tokenizers"} & ran
     assert {"transformers", "tokenizers"} <= opened and not {"orbax", "optax", "torch"} & opened
     assert not {f"transformers.{name}" for name in ("modeling_utils", "generation")} & opened
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Unable to initialize backend 'x': no (set JAX_PLATFORMS='')"), "'x': no; "),
+        (AssertionError(), "there is no such device; "),
+    ],
+)
+def test_devices_that_are_not_there_are_told(monkeypatch, error, told):
+    def devices():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match=r"^JAX_PLATFORMS is 'cpu'|^JAX has no device") as caught:
+        compilation.check_devices()
+    assert told.rstrip("; ") in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense", ",", "cpu,nonsense"])
+@pytest.mark.parametrize("module", ["generate", "evaluate"])
+def test_a_command_without_its_devices_is_one_sentence(module, platforms):
+    done = subprocess.run(
+        [sys.executable, "-m", f"dlm_jax.{module}"],
+        env=os.environ | dict(JAX_PLATFORMS=platforms, PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"JAX_PLATFORMS is '{platforms}', which does not work here: " in done.stderr
+
+
+X64 = """
+import sys, warnings
+from dlm_jax import generate
+warnings.simplefilter("error")
+for argv in sys.argv[1:]:
+    assert generate.main(["--gen-length=8", "--no-compile-cache", *argv.split(), "Hi"]) == 0, argv
+"""
+
+
+def test_64_bits_do_not_change_the_dtypes_of_a_generation():
+    model, params = small()
+    prompt = prompts(2, 3)
+
+    for decode, method in (
+        (DecodeConfig(gen_length=8, block_length=4, temperature=1.0), cache.make("dual")),
+        (DecodeConfig(gen_length=8, alg="random"), cache.make("none")),
+    ):
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # as users have it
+            out = diffusion_generate(
+                params, model, prompt, key=jax.random.key(0), decode=decode, cache=method
+            )
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(out)} == {"int32", "float32"}
+
+
+@pytest.mark.slow
+def test_the_command_with_64_bits_says_no_warning():
+    argvs = (
+        "",
+        "--model=dream-tiny-math --temperature=1 --top-p=0.9 --min-p=0.1 --stop-at-eos",
+        "--cache=dual --block-length=4",
+        "--cache=dllm --threshold=0.9",
+        "--cache=dkv-greedy --alg=random",
+        "--strategy=wino",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", X64, *argvs],
+        env=os.environ | dict(JAX_ENABLE_X64="1", JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stderr

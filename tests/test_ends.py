@@ -1,5 +1,7 @@
 """Where an answer ends, and what it never holds: stop texts, ends of text, ids without a token."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -110,22 +112,26 @@ def test_any_of_several_ends_ends_a_text():
 
 
 def test_a_row_is_done_at_any_of_its_ends():
-    """The ends are what an unhindered generation says at one place of each row."""
+    """The ends are what an unhindered generation says early in one row, and not in another."""
     model, params = small()
-    prompt, key = prompts(2, 5), jax.random.key(0)
+    prompt, key = prompts(8, 5), jax.random.key(0)
     decode = DecodeConfig(gen_length=12, block_length=4)
     said = diffusion_generate(params, model, prompt, key=key, decode=decode).tokens[:, 5:].tolist()
-    one, other = said
-    ends = (
-        next(token for token in one[:6] if token not in other),
-        next(token for token in other[:6] if token not in one),
+    ends = next(
+        (token, another)
+        for one, other in itertools.permutations(said, 2)
+        for token, another in itertools.product(one[:6], other[:6])
+        if token not in other and another not in one
     )
     decode = DecodeConfig(gen_length=12, block_length=4, stop_until_eos=True, eos_id=ends)
     out = diffusion_generate(params, model, prompt, key=key, decode=decode)
-    kept = [tk.until_eos(row, ends) for row in said]
-    rows = zip(out.tokens[:, 5:].tolist(), kept, strict=True)
-    assert [row[: len(part)] for row, part in rows] == kept
-    assert out.steps.max() < 12
+    met = set()
+    for row, steps in zip(out.tokens[:, 5:].tolist(), out.steps.tolist(), strict=True):
+        kept = tk.until_eos(row, ends)
+        assert model.config.mask_id not in kept
+        met.update(row[len(kept) : len(kept) + 1])
+        assert (steps < 12) == (model.config.mask_id in row)
+    assert met == set(ends)
 
 
 # --- ids without a token --------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from lm_eval.api.instance import Instance
 
 from dlm_jax.batching.responses import Responses
 from dlm_jax.cache import NoCache
+from dlm_jax.answers import NotFinite
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
@@ -250,3 +251,9 @@ def test_what_was_not_checked_is_asked_again_when_it_is(make, say, monkeypatch, 
     for check in (False, True, False):
         model = make(responses=responses, check_greedy=check)
         assert model._loglikelihood_tokens(requests, disable_tqdm=True) == [(0.0, check)]
+
+
+def test_a_likelihood_that_is_no_number_ends_the_evaluation(reader, monkeypatch):
+    monkeypatch.setattr(reader._scorer, "_score", lambda *_: np.array([0.0, np.nan], np.float32))
+    with pytest.raises(NotFinite, match="not finite in the forwards of a likelihood"):
+        scored(reader, ("Tom has", " 3"), ("Tom has", " 4"))

@@ -68,7 +68,7 @@ def test_confidences_of_the_unfiltered_softmax():
 
 
 def test_filters_change_dreams_confidences_but_not_lladas():
-    for filters in (dict(top_k=2), dict(top_p=0.5)):
+    for filters in (dict(top_k=2), dict(top_p=0.5), dict(min_p=0.7)):
         np.testing.assert_allclose(sample("maskgit_plus", **filters)[1][0], 0.4 / 0.7, rtol=1e-5)
         np.testing.assert_allclose(sample("low_confidence", **filters)[1][0], 0.4, rtol=1e-5)
         np.testing.assert_allclose(sample("topk_margin", **filters)[1][0], 0.1 / 0.7, rtol=1e-4)
@@ -120,6 +120,14 @@ def test_sampling_stays_within_the_filters_and_depends_on_the_key():
     assert (sample("low_confidence", many, temperature=3.0, seed=1)[0] != token).any()
 
 
+def test_min_p_compares_with_the_best_token_after_the_temperature():
+    many = np.repeat(LOGITS[:1], 300, axis=0)
+    assert set(sample("maskgit_plus", many, temperature=1.0, min_p=0.5)[0]) == {1, 3}
+    assert set(sample("maskgit_plus", many, temperature=2.0, min_p=0.5)[0]) == {1, 2, 3}
+    assert set(sample("maskgit_plus", many, temperature=2.0, min_p=0.5, top_k=2)[0]) == {1, 3}
+    assert len(set(sample("maskgit_plus", many, temperature=3.0, min_p=0.0)[0])) == VOCAB
+
+
 def test_a_tiny_temperature_takes_the_best_token_without_overflow():
     token, confidence = sample("maskgit_plus", 50.0 * LOGITS, temperature=1e-4)
     assert token.tolist() == [1, 6] and np.isfinite(confidence).all()
@@ -130,23 +138,29 @@ def test_a_tiny_temperature_takes_the_best_token_without_overflow():
     values=st.lists(st.integers(-40, 40), min_size=VOCAB, max_size=VOCAB, unique=True),
     top_p=st.one_of(st.none(), st.floats(0.05, 1.0)),
     top_k=st.one_of(st.none(), st.integers(1, VOCAB)),
+    min_p=st.one_of(st.none(), st.floats(0.0, 0.99)),
 )
-def test_filters_keep_what_their_definition_keeps(values, top_p, top_k):
+def test_filters_keep_what_their_definition_keeps(values, top_p, top_k, min_p):
     logits = np.asarray(values, np.float64) / 7
     p = np.exp(logits) / np.exp(logits).sum()
     order = np.argsort(-p)
     before = np.cumsum(p[order]) - p[order]
     if top_p is not None and np.abs(before - top_p).min() < 1e-5:
         return  # too close to the edge for float32
+    if min_p is not None and np.abs(p / p.max() - min_p).min() < 1e-5:
+        return
     kept = set(order.tolist())
     if top_p is not None:
         kept &= set(order[before <= top_p].tolist())
     if top_k is not None:
         kept &= set(order[:top_k].tolist())
+    if min_p is not None:
+        kept &= set(np.flatnonzero(p >= min_p * p.max()).tolist())
     ours = sampler.keep(
         jnp.asarray(logits, jnp.float32)[None, None],
         None if top_p is None else jnp.float32(top_p),
         None if top_k is None else jnp.int32(top_k),
+        None if min_p is None else jnp.float32(min_p),
     )
     assert set(np.flatnonzero(ours[0, 0]).tolist()) == kept
 

@@ -310,3 +310,39 @@ def test_frequencies_that_are_none(tmp_path, content, wanted):
     file.write_text(content)
     with pytest.raises(ValueError, match=wanted):
         tk.frequencies(file, 4)
+
+
+# --- byte order marks, chat templates -------------------------------------------------------------
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(two_files, one_file, tmp_path):
+    (tmp_path / "shares.json").write_text("[0.5, 0.5]", encoding="utf-8-sig")
+    assert tk.frequencies(tmp_path / "shares.json", 2).tolist() == [0.5, 0.5]
+    for directory in (two_files, one_file):
+        wanted = tk.encode(tk.open_tokenizer(directory), ["hello"], chat=True)
+        for name in tk.FILES:
+            if (directory / name).exists():
+                data = (directory / name).read_bytes()
+                (directory / name).write_bytes(b"\xef\xbb\xbf" + data)
+        tok = tk.open_tokenizer(directory)
+        assert tk.encode(tok, ["hello"], chat=True) == wanted
+        assert tok.name_or_path == str(directory)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for m in messages %}", "Unexpected end of template"),
+        ("{{ messages[0].content.none.at.all }}", "has no attribute 'none'"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages + 1 }}", "can only concatenate list"),
+    ],
+)
+def test_a_chat_template_that_fails_is_named(tok, two_files, template, reason):
+    tok.chat_template = template
+    with pytest.raises(tk.TemplateError) as error:
+        tk.encode(tok, ["hello"], chat=True)
+    told = str(error.value)
+    assert told.startswith(f"The chat template of {two_files} cannot put the conversation: ")
+    assert reason in told and "\n" not in told and told.endswith(".")

@@ -121,8 +121,11 @@ class _ClosedInput(io.TextIOBase):
     def read(self, size: int | None = -1, /) -> NoReturn:
         raise StreamError("Standard input is closed; open it, as it is to be read.")
 
-    readline = read
-    __next__ = read
+    def readline(self, size: int = -1, /) -> NoReturn:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.read()
+
+    def __next__(self) -> NoReturn:
+        self.read()
 
     @property
     def buffer(self) -> NoReturn:
