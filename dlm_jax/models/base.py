@@ -45,6 +45,7 @@ class Config:
       mask_id: token id of the mask.
       eos_id: token id that ends an answer.
       pad_id: token id used to left-pad prompts; never attended.
+      more_eos_ids: further token ids that end an answer.
     """
 
     family: str
@@ -64,6 +65,7 @@ class Config:
     mask_id: int
     eos_id: int
     pad_id: int
+    more_eos_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads"):
@@ -75,11 +77,12 @@ class Config:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
-        for name in ("mask_id", "eos_id", "pad_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+        ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
+        ids |= {f"more_eos_ids[{i}]": token for i, token in enumerate(self.more_eos_ids)}
+        for name, token in ids.items():
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)}; it must be a token id below vocab_size, "
-                    f"{self.vocab_size}."
+                    f"{name} is {token}; it must be a token id below vocab_size, {self.vocab_size}."
                 )
 
     def room(self, answer: int) -> int:
