@@ -2,11 +2,15 @@
 
     python convert/hf_to_orbax.py --src LLaDA-8B-Instruct --dst llada-8b --dtype bfloat16 --verify
     python convert/hf_to_orbax.py --verify --dst llada-8b        # checks a finished one again
+    python convert/hf_to_orbax.py --src LLaDA-8B-Base --adapter my-lora --dst llada-8b-mine
 
 The result is what `dlm_jax.checkpoint.load` opens; the layout is described there. Memory is
 bounded by the largest part, not by the model (LLaDA-8B's are the embedding and the head, 1 GiB
 each in bfloat16): tensors are read a few rows at a time straight into their place, and Orbax,
 which copies at most once more, writes them before the next part is read.
+
+A LoRA adapter that is given, or lies beside the weights, is merged while they are read. Values that
+are not finite are refused.
 
 Nothing appears at the destination before everything is written (and verified): work is done in a
 hidden directory beside it, which is renamed at the end. Bad input is told in one sentence, with
@@ -15,8 +19,11 @@ exit code 2.
 
 import argparse
 import contextlib
+import errno
 import glob
+import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,13 +36,23 @@ import numpy as np
 
 from dlm_jax import checkpoint, files, models, tokenizer
 from dlm_jax.checkpoint import Converted, Entry, Source
+from dlm_jax.weights.files import check_fetched
 
 # Largest piece of a stored array, so that a device that needs a shard reads little else.
 _STORAGE_CHUNK_BYTES = 64 << 20
 _LINE_SECONDS = 10.0
+# No room is left for what is written.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after: bool) -> int:
+def convert(
+    src: Path,
+    dst: Path,
+    dtype: np.dtype | None = None,
+    *,
+    verify_after: bool,
+    adapter: Path | None = None,
+) -> int:
     """Converts `src` to a new directory `dst`.
 
     Args:
@@ -43,14 +60,15 @@ def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after
       dst: must not exist.
       dtype: dtype of the result; None keeps that of each tensor.
       verify_after: whether to read the result back before it appears at `dst`.
+      adapter: directory of a LoRA adapter to merge.
 
     Returns:
       Bytes of parameters written.
 
     Raises:
-      FileExistsError, FileNotFoundError, ValueError: with one sentence; nothing is left behind.
+      OSError, ValueError: with one sentence; nothing is left behind.
     """
-    if dst.exists():
+    if dst.exists() or dst.is_symlink():
         raise FileExistsError(f"{dst} exists; remove it first, or give another destination.")
     if not src.is_dir():
         raise FileNotFoundError(
@@ -61,15 +79,18 @@ def convert(src: Path, dst: Path, dtype: np.dtype | None = None, *, verify_after
             f"{src} is already converted; give a directory in the Hugging Face layout."
         )
     files.check_folder(dst, "the destination")
-    source = Source.open(src)
+    source = Source.open(src, adapter)
+    copied = [checkpoint.CONFIG, checkpoint.GENERATION, *tokenizer.FILES]
+    for name in copied:
+        check_fetched(src / name)
     total = sum(source.size(path, dtype) for path in source.shapes)
     with _staging(dst) as work:
         _check_space(work, total)
-        with _progress("converting", total) as advance:
+        with _disk_errors(dst), _progress("converting", total) as advance:
             checkpoint.write_metadata(work, _write_params(source, work, dtype, advance))
-        for name in (checkpoint.CONFIG, *tokenizer.FILES):
-            if (src / name).is_file():
-                shutil.copyfile(src / name, work / name)
+            for name in copied:
+                if (src / name).is_file():
+                    shutil.copyfile(src / name, work / name)
         if verify_after:
             verify(work)
     return total
@@ -125,9 +146,11 @@ def _write_params(
             advance(array.nbytes)
         tree = models.unflatten(flat)[part]
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_STORAGE_CHUNK_BYTES), tree)
-        checkpointer.save(
-            (work / checkpoint.PARAMS / part).resolve(), args=ocp.args.PyTreeSave(tree, save_args)
-        )
+        with _quiet():
+            checkpointer.save(
+                (work / checkpoint.PARAMS / part).resolve(),
+                args=ocp.args.PyTreeSave(tree, save_args),
+            )
         for leaf in flat.values():
             leaf.delete()  # Orbax leaves cycles of references, which would keep it for a while
         del array
@@ -153,6 +176,45 @@ def _staging(dst: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _disk_errors(dst: Path) -> Iterator[None]:
+    """Tells in one sentence that the disk is full, which Orbax wraps in other errors."""
+    try:
+        yield
+    except Exception as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
+        raise OSError(
+            f"{dst} cannot be written: {os.strerror(number)}; nothing was kept."
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The system's number of an error that this one is, tells of in its text, or comes from."""
+    if error is None:
+        return None
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    for number in (error.errno if isinstance(error, OSError) else None, code and int(code[1])):
+        if number in _DISK_ERRORS:
+            return number
+    if os.strerror(errno.ENOSPC) in str(error):
+        return errno.ENOSPC
+    return _disk_error(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging the traceback of an error that it also raises."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _is_running(pid: str) -> bool:
@@ -225,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--src", type=Path, help="directory in the Hugging Face layout")
     parser.add_argument("--dst", type=Path, required=True, help="directory to make")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter to merge")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as in the source")
     parser.add_argument(
         "--verify",
@@ -234,15 +297,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.src is None and not args.verify:
         parser.error("--src is required")
+    if args.src is None and args.adapter is not None:
+        parser.error("--adapter is merged while converting; it needs --src")
     start = time.monotonic()
     try:
         dtype = checkpoint.as_dtype(args.dtype)
         if args.src is None:
             total = verify(args.dst)
         else:
-            total = convert(args.src, args.dst, dtype, verify_after=args.verify)
+            total = convert(
+                args.src, args.dst, dtype, verify_after=args.verify, adapter=args.adapter
+            )
     except (ValueError, OSError) as error:
-        print(f"hf_to_orbax.py: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}."
+        print(f"hf_to_orbax.py: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf_to_orbax.py: interrupted; nothing was written.", file=sys.stderr)

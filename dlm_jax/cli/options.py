@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 def add_model(add: Add) -> None:
     """Which model, and in which dtype."""
     add("--model", default=MODEL, metavar="DIR", help=f"checkpoint or embedded model [{MODEL}]")
+    add("--adapter", metavar="DIR", help="LoRA adapter to merge into the model [none]")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -68,8 +68,8 @@ class Job:
     ) -> "Job":
         # Configuration, headers and tokenizer suffice for all checks; the weights come last.
         directory = checkpoint.find(args.model)
-        config = checkpoint.inspect(directory).config
-        tok = tokenizer.open_tokenizer(directory)
+        config = checkpoint.inspect(directory, args.adapter).config
+        tok = checkpoint.open_tokenizer(directory, config)
         as_chat = _use_chat(args, tok)
         if texts:
             rows = _encode(args, tok, texts, config, chat=as_chat)
@@ -82,7 +82,7 @@ class Job:
         check_rows(rows, config, decode)
         token_freq = choices.token_freq(args, config, decode)
         engine = Engine(
-            checkpoint.load(directory, dtype=args.dtype),
+            checkpoint.load(directory, dtype=args.dtype, adapter=args.adapter),
             decode,
             method,
             token_freq=token_freq,
