@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -146,11 +147,9 @@ def _write_params(
             advance(array.nbytes)
         tree = models.unflatten(flat)[part]
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_STORAGE_CHUNK_BYTES), tree)
-        with _quiet():
-            checkpointer.save(
-                (work / checkpoint.PARAMS / part).resolve(),
-                args=ocp.args.PyTreeSave(tree, save_args),
-            )
+        checkpointer.save(
+            (work / checkpoint.PARAMS / part).resolve(), args=ocp.args.PyTreeSave(tree, save_args)
+        )
         for leaf in flat.values():
             leaf.delete()  # Orbax leaves cycles of references, which would keep it for a while
         del array
@@ -203,18 +202,6 @@ def _disk_error(error: BaseException | None) -> int | None:
     if os.strerror(errno.ENOSPC) in str(error):
         return errno.ENOSPC
     return _disk_error(error.__cause__ or error.__context__)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Orbax from logging the traceback of an error that it also raises."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _is_running(pid: str) -> bool:
@@ -322,6 +309,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _silence_threads() -> None:
+    """Keeps Orbax's threads from printing a traceback each of an error that `save` also raises."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+
+    def told(*error: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(*error)
+
+    sys.excepthook = told
+
+
 if __name__ == "__main__":
+    _silence_threads()
     jax.config.update("jax_platforms", "cpu")  # a GPU would lend most of its memory to this process
     sys.exit(main())

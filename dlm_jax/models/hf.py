@@ -223,8 +223,7 @@ def ends(raw: dict[str, Any], generation: dict[str, Any]) -> list[int]:
     Raises:
       ValueError: a file says something that is no token id, or there is none.
     """
-    size = whole(raw, "vocab_size")
-    size = max(size, whole(raw, "embedding_size", size))
+    size = whole(raw, "embedding_size", whole(raw, "vocab_size"))
     found = [*_ids(raw, CONFIG, size), *_ids(generation, GENERATION, size)]
     return list(dict.fromkeys(found)) or read(raw, "eos_token_id")
 
