@@ -26,7 +26,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -313,12 +312,7 @@ def _silence_threads() -> None:
     """Keeps Orbax's threads from printing a traceback each of an error that `save` also raises."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-
-    def told(*error: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            sys.__excepthook__(*error)
-
-    sys.excepthook = told
+    sys.unraisablehook = lambda _: None
 
 
 if __name__ == "__main__":

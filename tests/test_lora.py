@@ -280,6 +280,20 @@ def test_responses_of_another_adapter_are_others(base, tmp_path):
     assert len(known) == 5
 
 
+@pytest.mark.slow
+def test_evaluation_has_the_merged_model_and_responses_of_its_own(tmp_path):
+    from dlm_jax.eval.model import DiffusionLM
+
+    name = "model.transformer.blocks.1.q_proj"
+    adapter = write_adapter(
+        tmp_path / "adapter", thin(name, (160, 160), 3), target_modules=["blocks.1.q_proj"]
+    )
+    plain, tuned = DiffusionLM(), DiffusionLM(adapter=str(adapter))
+    assert plain._identity != tuned._identity
+    kernels = [lm.checkpoint.params["blocks_1"]["q"]["kernel"] for lm in (plain, tuned)]
+    assert not np.array_equal(*map(np.asarray, kernels))
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ class _Kind(NamedTuple):
     needs: str
 
 
-_KINDS = [
+PUBLIC = [
     _Kind("lladamoe", "LLaDA-MoE", "a mixture of experts"),
     _Kind("llada2", "LLaDA2", f"a mixture of experts and {_CAUSAL_BLOCKS}"),
     _Kind("sdar", "SDAR or TraDo", _CAUSAL_BLOCKS),
@@ -48,7 +48,9 @@ _KINDS = [
     _Kind("llavallada", "LLaDA-V", "images"),
     _Kind("mmada", "MMaDA", "images"),
     _Kind("dimple", "Dimple", "images"),
-    # Last: whose type others declare, and whose architecture as well.
+]
+# Looked for last: others declare this type, and some the architecture as well.
+_FOREIGN = [
     _Kind("llama", "a Llama, or a Stable-DiffCoder that declares to be one", _AUTOREGRESSIVE),
     _Kind("qwen2", "a Qwen2, or an SDLM that declares to be one", _AUTOREGRESSIVE),
     _Kind(
@@ -125,7 +127,8 @@ def _known(names: Collection[str], model_type: str | None, raw: dict[str, Any]) 
     """A model that is known but not implemented, by all the names that it gives itself."""
     given = [*names, *_code(raw.get("auto_map")), model_type or ""]
     plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in given]
-    return next((kind for kind in _KINDS for name in plain if name.startswith(kind.start)), None)
+    known = (*PUBLIC, *_FOREIGN)
+    return next((kind for kind in known for name in plain if name.startswith(kind.start)), None)
 
 
 def _code(auto_map: Any) -> Iterator[str]:
