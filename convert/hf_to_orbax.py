@@ -3,11 +3,15 @@
     python convert/hf_to_orbax.py --src GSAI-ML/LLaDA-8B-Instruct --dst llada-8b --verify
     python convert/hf_to_orbax.py --src LLaDA-8B-Instruct --dst llada-8b --dtype bfloat16 --verify
     python convert/hf_to_orbax.py --verify --dst llada-8b        # checks a finished one again
+    python convert/hf_to_orbax.py --src LLaDA-8B-Base --adapter my-lora --dst llada-8b-mine
 
 The result is what `dlm_jax.checkpoint.load` opens; the layout is described there. Memory is
 bounded by the largest part, not by the model (LLaDA-8B's are the embedding and the head, 1 GiB
 each in bfloat16): tensors are read a few rows at a time straight into their place, and Orbax,
 which copies at most once more, writes them before the next part is read.
+
+A LoRA adapter that is given, or lies beside the weights, is merged while they are read. Values that
+are not finite are refused.
 
 Nothing appears at the destination before everything is written (and verified): work is done in a
 hidden directory beside it, which is renamed at the end. Bad input is told in one sentence, with
@@ -16,8 +20,11 @@ exit code 2.
 
 import argparse
 import contextlib
+import errno
 import glob
+import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,14 +37,22 @@ import numpy as np
 
 from dlm_jax import checkpoint, files, models, tokenizer
 from dlm_jax.checkpoint import Converted, Entry, Source
+from dlm_jax.weights.files import check_fetched
 
 # Largest piece of a stored array, so that a device that needs a shard reads little else.
 _STORAGE_CHUNK_BYTES = 64 << 20
 _LINE_SECONDS = 10.0
+# No room is left for what is written.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def convert(
-    src: str | Path, dst: Path, dtype: np.dtype | None = None, *, verify_after: bool
+    src: str | Path,
+    dst: Path,
+    dtype: np.dtype | None = None,
+    *,
+    verify_after: bool,
+    adapter: str | Path | None = None,
 ) -> int:
     """Converts `src` to a new directory `dst`.
 
@@ -46,6 +61,7 @@ def convert(
       dst: must not exist.
       dtype: dtype of the result; None keeps that of each tensor.
       verify_after: whether to read the result back before it appears at `dst`.
+      adapter: directory of a LoRA adapter to merge.
 
     Returns:
       Bytes of parameters written.
@@ -53,7 +69,7 @@ def convert(
     Raises:
       OSError, ValueError: with one sentence; nothing is left behind.
     """
-    if dst.exists():
+    if dst.exists() or dst.is_symlink():
         raise FileExistsError(f"{dst} exists; remove it first, or give another destination.")
     files.check_folder(dst, "the destination")  # before a long download
     directory = checkpoint.locate(src)
@@ -66,15 +82,18 @@ def convert(
         raise ValueError(
             f"{src} is already converted; give a directory in the Hugging Face layout."
         )
-    source = Source.open(directory)
+    source = Source.open(directory, adapter)
+    copied = [checkpoint.CONFIG, checkpoint.GENERATION, *tokenizer.FILES]
+    for name in copied:
+        check_fetched(directory / name)
     total = sum(source.size(path, dtype) for path in source.shapes)
     with _staging(dst) as work:
         _check_space(work, total)
-        with _progress("converting", total) as advance:
+        with _disk_errors(dst), _progress("converting", total) as advance:
             checkpoint.write_metadata(work, _write_params(source, work, dtype, advance))
-        for name in (checkpoint.CONFIG, *tokenizer.FILES):
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, work / name)
+            for name in copied:
+                if (directory / name).is_file():
+                    shutil.copyfile(directory / name, work / name)
         if verify_after:
             verify(work)
     return total
@@ -160,6 +179,33 @@ def _staging(dst: Path) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def _disk_errors(dst: Path) -> Iterator[None]:
+    """Tells in one sentence that the disk is full, which Orbax wraps in other errors."""
+    try:
+        yield
+    except Exception as error:
+        number = _disk_error(error)
+        if number is None:
+            raise
+        raise OSError(
+            f"{dst} cannot be written: {os.strerror(number)}; nothing was kept."
+        ) from error
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The system's number of an error that this one is, tells of in its text, or comes from."""
+    if error is None:
+        return None
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    for number in (error.errno if isinstance(error, OSError) else None, code and int(code[1])):
+        if number in _DISK_ERRORS:
+            return number
+    if os.strerror(errno.ENOSPC) in str(error):
+        return errno.ENOSPC
+    return _disk_error(error.__cause__ or error.__context__)
+
+
 def _is_running(pid: str) -> bool:
     """Whether another process has this id."""
     if not pid.isdecimal() or int(pid) == os.getpid():
@@ -234,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="directory in the Hugging Face layout, or owner/name[@revision] on the hub",
     )
     parser.add_argument("--dst", type=Path, required=True, help="directory to make")
+    parser.add_argument("--adapter", type=Path, help="directory of a LoRA adapter to merge")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as in the source")
     parser.add_argument(
         "--verify",
@@ -243,15 +290,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.src is None and not args.verify:
         parser.error("--src is required")
+    if args.src is None and args.adapter is not None:
+        parser.error("--adapter is merged while converting; it needs --src")
     start = time.monotonic()
     try:
         dtype = checkpoint.as_dtype(args.dtype)
         if args.src is None:
             total = verify(args.dst)
         else:
-            total = convert(args.src, args.dst, dtype, verify_after=args.verify)
+            total = convert(
+                args.src, args.dst, dtype, verify_after=args.verify, adapter=args.adapter
+            )
     except (ValueError, OSError) as error:
-        print(f"hf_to_orbax.py: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}."
+        print(f"hf_to_orbax.py: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("hf_to_orbax.py: interrupted; nothing was written.", file=sys.stderr)
@@ -261,6 +315,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _silence_threads() -> None:
+    """Keeps Orbax's threads from printing a traceback each of an error that `save` also raises."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+
+
 if __name__ == "__main__":
+    _silence_threads()
     jax.config.update("jax_platforms", "cpu")  # a GPU would lend most of its memory to this process
     sys.exit(main())

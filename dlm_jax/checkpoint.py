@@ -25,14 +25,15 @@ import ml_dtypes
 import numpy as np
 
 from dlm_jax import models
+from dlm_jax import tokenizer as tokenizer_lib
 from dlm_jax.models import Config, Transformer, hf
-from dlm_jax.tokenizer import open_tokenizer
 from dlm_jax.typing import Array, Params, PyTree
 from dlm_jax.weights import files as weight_files
-from dlm_jax.weights import hub
-from dlm_jax.weights.files import Tensor, read_json
+from dlm_jax.weights import hub, lora
+from dlm_jax.weights.files import Tensor, check_fetched, read_json
 
-CONFIG, METADATA, PARAMS = "config.json", "checkpoint.json", "params"
+CONFIG, GENERATION = hf.CONFIG, hf.GENERATION
+METADATA, PARAMS = "checkpoint.json", "params"
 FORMAT_VERSION = 1
 
 _ASSETS = Path(__file__).parent / "assets"
@@ -40,6 +41,8 @@ _DTYPES = {
     dtype.name: dtype
     for dtype in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16))
 }
+# A tokenizer may take the end of a turn for its end of text; the model's own is another.
+_TURN_ENDS = {"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|role_end|>", "<end_of_turn>"}
 # Buffers that some checkpoints store although they follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq",)
 
@@ -62,7 +65,13 @@ class Checkpoint(NamedTuple):
         return Transformer(self.config)
 
 
-def load(path_or_name: str | Path, *, dtype: Any = None, shardings: PyTree = None) -> Checkpoint:
+def load(
+    path_or_name: str | Path,
+    *,
+    dtype: Any = None,
+    shardings: PyTree = None,
+    adapter: str | Path | None = None,
+) -> Checkpoint:
     """Opens a checkpoint directory, an embedded model, or a checkpoint of the Hugging Face hub.
 
     Args:
@@ -73,30 +82,57 @@ def load(path_or_name: str | Path, *, dtype: Any = None, shardings: PyTree = Non
       shardings: where the parameters go: None for the default device, one `jax.sharding.Sharding`
         for all, a function of the parameter's path (`blocks_0/q/kernel`) that returns one, or a
         tree of them in the structure of the parameters.
+      adapter: directory of a LoRA adapter, which is merged while the weights are read; one that
+        lies beside them is merged without being named. Not for a converted model.
 
     Raises:
       FileNotFoundError: no such directory or model, or a file is missing in it.
       OSError: it cannot be fetched from the hub.
-      ValueError: configuration and weights do not fit each other, a file is damaged, or an argument
-        is wrong. Every error is one sentence.
+      ValueError: configuration, tokenizer and weights do not fit each other, a file is damaged, or
+        an argument is wrong. Every error is one sentence.
     """
     directory, dtype = find(path_or_name), as_dtype(dtype)
-    stored = inspect(directory)
+    stored = inspect(directory, adapter)
     by_path = _shardings_by_path(shardings, stored.shapes)
-    tokenizer = open_tokenizer(directory)
+    tokenizer = open_tokenizer(directory, stored.config)
     flat: dict[str, Array] = {}
     for paths in parts(stored.shapes).values():
         flat |= stored.place(paths, dtype, by_path)
     return Checkpoint(stored.config, models.unflatten(flat), tokenizer)
 
 
-def inspect(directory: Path) -> "Source | Converted":
+def inspect(directory: Path, adapter: str | Path | None = None) -> "Source | Converted":
     """Opens a directory of either layout: configuration and headers, but no weights.
+
+    Args:
+      directory: of the model.
+      adapter: as for `load`.
 
     Raises:
       FileNotFoundError, ValueError: as `load`.
     """
-    return Converted.open(directory) if is_converted(directory) else Source.open(directory)
+    if not is_converted(directory):
+        return Source.open(directory, adapter)
+    if adapter is not None or (directory / lora.CONFIG).exists():
+        raise ValueError(
+            f"{directory} is a converted model, into which no adapter can be merged; convert the "
+            "model together with it: convert/hf_to_orbax.py --adapter DIR."
+        )
+    return Converted.open(directory)
+
+
+def open_tokenizer(directory: Path, config: Config) -> tokenizer_lib.Tokenizer | None:
+    """Opens the tokenizer of a model, if it has one.
+
+    Raises:
+      ValueError: it cannot be read, or is that of another model; one sentence.
+    """
+    for name in tokenizer_lib.FILES:
+        check_fetched(directory / name)
+    tokenizer = tokenizer_lib.open_tokenizer(directory)
+    if tokenizer is not None:
+        _check_tokenizer(directory, config, tokenizer)
+    return tokenizer
 
 
 def embedded() -> list[str]:
@@ -120,6 +156,21 @@ def find(path_or_name: str | Path) -> Path:
         f"{str(path_or_name)!r} is neither a directory nor an embedded model; embedded are: "
         f"{', '.join(embedded()) or 'none'}; on the hub, a model is named owner/name."
     )
+
+
+def find_adapter(path_or_name: str | Path) -> Path:
+    """The directory of an adapter, or of one of the hub.
+
+    Raises:
+      FileNotFoundError: there is none.
+      OSError, ValueError: as `find`.
+    """
+    directory = hub.locate(path_or_name, kind=hub.ADAPTER)
+    if directory is None:
+        raise FileNotFoundError(
+            f"{str(path_or_name)!r} is no directory; an adapter is one, or owner/name on the hub."
+        )
+    return directory
 
 
 def locate(path_or_name: str | Path) -> Path | None:
@@ -178,17 +229,26 @@ class Source:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def open(cls, directory: Path) -> "Source":
+    def open(cls, directory: Path, adapter: str | Path | None = None) -> "Source":
         """Reads config.json and all headers, but no tensor; errors as those of `load`."""
         config = _read_config(directory)
         shapes = models.param_shapes(config)
         names = models.weight_names(config)
         tensors = weight_files.open_weights(directory)
+        if lora.is_unmerged(tensors):
+            raise ValueError(
+                f"{directory} holds a PEFT model whose adapter is not merged; give the base model, "
+                "and the directory of the adapter with --adapter."
+            )
         wanted = {name: hf.torch_shape(path, shapes[path]) for path, name in names.items()}
         found = {name: tensor.shape for name, tensor in tensors.items()}
         _check(
             directory, {name: found[name] for name in found if not _derived(name, config)}, wanted
         )
+        adapter = _adapter(directory, adapter)
+        if adapter is not None:
+            matrices = [name for path, name in names.items() if path.endswith("/kernel")]
+            tensors = lora.merge(tensors, adapter, matrices)
         return cls(config, shapes, {path: tensors[name] for path, name in names.items()})
 
     def size(self, path: str, dtype: np.dtype | None) -> int:
@@ -207,6 +267,20 @@ class Source:
     ) -> dict[str, Array]:
         """Reads some parameters onto their devices, one at a time."""
         return {path: _put(self.read(path, dtype), shardings[path]) for path in paths}
+
+
+def _adapter(directory: Path, asked: str | Path | None) -> Path | None:
+    """The directory of the adapter that is asked for, or lies beside the weights."""
+    beside = directory if (directory / lora.CONFIG).exists() else None
+    if asked is None:
+        return beside
+    adapter = find_adapter(asked)
+    if beside is not None and adapter.resolve() != beside.resolve():
+        raise ValueError(
+            f"{directory} has an adapter beside its weights, and {adapter} is asked for; only one "
+            f"can be merged, so remove {lora.CONFIG} from {directory}, or leave --adapter out."
+        )
+    return adapter
 
 
 def _derived(name: str, config: Config) -> bool:
@@ -353,16 +427,57 @@ def read_metadata(directory: Path) -> dict[str, Entry]:
 
 
 def _read_config(directory: Path) -> Config:
-    path = directory / CONFIG
+    path, generation = directory / CONFIG, directory / GENERATION
     if not path.exists():
+        if (directory / lora.CONFIG).exists():
+            raise FileNotFoundError(
+                f"{directory} is an adapter, and no model; give the base model, and this directory "
+                "with --adapter."
+            )
         raise FileNotFoundError(
             f"{directory} has no {CONFIG}; it must be a directory in the Hugging Face layout or a "
             f"converted checkpoint."
         )
+    raw, more = read_json(path), read_json(generation) if generation.exists() else None
     try:
-        return models.config_from_hf(read_json(path))
+        return models.config_from_hf(raw, more)
     except TypeError as error:
         raise ValueError(f"{path}: a setting has a value of the wrong type ({error}).") from error
+
+
+def _check_tokenizer(directory: Path, config: Config, tokenizer: Any) -> None:
+    """Refuses a tokenizer whose special tokens are not the model's.
+
+    What pads is never seen, and what ends a turn need not end the text, so neither has to agree.
+    """
+    ends = (config.eos_id, *config.more_eos_ids)
+    for name, ids in (("mask_token_id", (config.mask_id,)), ("eos_token_id", ends)):
+        for token in ids:
+            if token >= len(tokenizer) and tokenizer.convert_ids_to_tokens(token) is None:
+                raise ValueError(
+                    f"{directory}: {CONFIG} says that {name} is {token}, but the tokenizer has "
+                    f"{len(tokenizer)} tokens; they must be of one model."
+                )
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        text = models.FAMILIES[config.family].MASK_TOKEN
+        named = tokenizer.convert_tokens_to_ids(text)
+        mask = named if named is not None and named != tokenizer.unk_token_id else None
+    if mask not in (None, config.mask_id):
+        raise ValueError(
+            f"{directory}: {CONFIG} says that mask_token_id is {config.mask_id}, but the "
+            f"tokenizer's mask token is {mask}; they must be the same."
+        )
+    end = tokenizer.eos_token_id
+    if end is None or end in ends:
+        return
+    ours = tokenizer.added_tokens_decoder.get(config.eos_id)
+    if tokenizer.eos_token in _TURN_ENDS and ours is not None and ours.special:
+        return
+    raise ValueError(
+        f"{directory}: {CONFIG} says that eos_token_id is {' or '.join(map(str, ends))}, but the "
+        f"tokenizer's is {end} ({tokenizer.eos_token!r}); they must be the same."
+    )
 
 
 def _check(

@@ -38,7 +38,8 @@ def check_folder(path: Path, option: str) -> None:
     """
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise ValueError(f"{path} is no folder; {option} must name one, or a new one.")
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    ways = (path, *path.absolute().parents)
+    there = next(folder for folder in ways if folder.exists() or folder.is_symlink())
     if not there.is_dir() or not _writable(there):
         raise ValueError(f"{path} cannot be written; {option} must name a writable folder.")
 

@@ -117,9 +117,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dst", type=Path, required=True)
     args = parser.parse_args(argv)
     config = models.PRESETS[args.preset]
-    if args.layers is not None:
-        config = dataclasses.replace(config, num_layers=args.layers)
-    total = write_checkpoint(args.dst, config, dtype=args.dtype)
+    try:
+        if args.layers is not None:
+            config = dataclasses.replace(config, num_layers=args.layers)
+        total = write_checkpoint(args.dst, config, dtype=args.dtype)
+    except (ValueError, OSError) as error:
+        sentence = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}."
+        print(f"make_synthetic_checkpoint.py: {sentence}", file=sys.stderr)
+        return 2
     print(f"{args.dst}: {total / 1e9:.2f} GB, {config.num_layers} layers")
     return 0
 

@@ -100,8 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     options = ["--dtype", args.dtype] if args.dtype else []
     options += ["--verify"] if args.verify else []
-    with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-        rows = [measure(Path(directory), args.preset, layers, options) for layers in args.layers]
+    try:
+        if args.dir is not None and not args.dir.is_dir():
+            raise ValueError(f"{args.dir} is no folder; --dir must name one.")
+        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+            rows = [measure(Path(folder), args.preset, layers, options) for layers in args.layers]
+    except subprocess.CalledProcessError as error:  # which has told why
+        return error.returncode
+    except (ValueError, OSError) as error:
+        sentence = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}."
+        print(f"measure_convert_memory.py: {sentence}", file=sys.stderr)
+        return 2
     print("".join(f"{name:>14}" for name in rows[0]))
     for row in rows:
         print("".join(f"{value:>14}" for value in row.values()))

@@ -58,7 +58,10 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     except (OSError, ValueError) as error:
-        print(f"replay: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.filename}: {error.strerror}."
+        print(f"replay: {sentence}", file=sys.stderr)
         return 2
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return 0 if counts["passed"] == len(cases) else 1

@@ -201,12 +201,21 @@ def to_shard_twice(directory: Path) -> None:
     shutil.copyfile(directory / "1.safetensors", directory / "2.safetensors")
 
 
+def to_index(text: str) -> Callable[[Path], None]:
+    def damage(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 def drop_three(tensors: dict) -> None:
     for i in range(3):
         del tensors[f"model.transformer.blocks.{i}.ff_out.weight"]
 
 
 LN_F, HEAD = "model.transformer.ln_f.weight", "model.transformer.ff_out.weight"
+HEADER = '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'
 DAMAGES = {
     "missing": (
         edit_tensors(lambda t: t.pop(HEAD)),
@@ -233,6 +242,16 @@ DAMAGES = {
         ValueError,
         f"tensor {LN_F} has dtype I64; it must be F32, F16, BF16",
     ),
+    "sizes that are none": (
+        write("model.safetensors", "\x7f" + 7 * "\0" + HEADER.ljust(127)),
+        ValueError,
+        "its header cannot be read",
+    ),
+    "an index of anything": (
+        to_index('{"weight_map": {"a": 3}}'),
+        ValueError,
+        "has no weight_map; it must map tensor names to files",
+    ),
     "truncated": (
         cut(-4),
         ValueError,
@@ -253,8 +272,12 @@ DAMAGES = {
     "too few layers": (edit_config(n_layers=2), ValueError, "9 tensors unexpected"),
     "too many layers": (edit_config(n_layers=4), ValueError, "9 tensors missing"),
     "wrong width": (edit_config(d_model=32), ValueError, "instead of"),
-    "wrong type": (edit_config(d_model="64"), ValueError, "config.json: a setting has a value"),
-    "unknown model": (edit_config(model_type="gpt2"), ValueError, "must be one of llada, dream"),
+    "wrong type": (edit_config(d_model="64"), ValueError, "d_model is '64'; it must be a whole"),
+    "unknown model": (
+        edit_config(architectures=["GPT2LMHeadModel"], model_type="gpt2"),
+        ValueError,
+        "must be one of llada, dream",
+    ),
     "no JSON": (write("config.json", "{"), ValueError, "config.json is not valid JSON"),
     "no object": (write("config.json", "[]"), ValueError, "config.json must hold a JSON object"),
     "no config": (lambda d: (d / "config.json").unlink(), FileNotFoundError, "has no config.json"),
@@ -291,6 +314,19 @@ def test_a_file_that_shrinks_meanwhile(llada):
 def test_unknown_dtype(dtype):
     with pytest.raises(ValueError, match="must be one of float32, bfloat16, float16"):
         checkpoint.load(CHECKPOINTS / "llada-tiny", dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_values_that_are_not_finite(llada, stored, value):
+    def change(tensors: dict) -> None:
+        kind = ml_dtypes.bfloat16 if stored == "bfloat16" else stored
+        tensors.update({name: tensor.astype(kind) for name, tensor in tensors.items()})
+        tensors[HEAD][-1, 7] = value
+
+    edit_tensors(change)(llada)
+    with pytest.raises(ValueError, match=f"tensor {HEAD} has values that are not finite"):
+        checkpoint.load(llada)
 
 
 def test_values_beyond_float16(llada):

@@ -1,5 +1,6 @@
 """The converter as a command: what it writes and refuses, what a kill leaves, its memory."""
 
+import errno
 import json
 import os
 import runpy
@@ -193,12 +194,35 @@ def overflow(src: Path, dst: Path) -> None:
     safetensors.numpy.save_file(tensors, path)
 
 
+def put(value: float):
+    """One number that is not finite; found only when the tensor is read."""
+
+    def damage(src: Path, dst: Path) -> None:
+        path = src / "model.safetensors"
+        tensors = safetensors.numpy.load_file(path)
+        tensors["model.transformer.blocks.2.ff_out.weight"][-1, -1] = value
+        safetensors.numpy.save_file(tensors, path)
+
+    return damage
+
+
 def occupy(src: Path, dst: Path) -> None:
     dst.mkdir()
     (dst / "keep").write_text("me")
 
 
+NOT_FINITE = "tensor model.transformer.blocks.2.ff_out.weight has values that are not finite"
+POINTER = "version https://git-lfs.github.com/spec/v1\n"
 REFUSALS = {
+    "NaN": (put(float("nan")), [], NOT_FINITE),
+    "infinite": (put(float("-inf")), ["--dtype", "bfloat16"], NOT_FINITE),
+    "broken link": (lambda src, dst: dst.symlink_to("nowhere"), [], "exists; remove it first"),
+    "a pointer": (
+        lambda src, dst: (src / "tokenizer.json").write_text(POINTER),
+        [],
+        "tokenizer.json is a Git LFS pointer",
+    ),
+    "no adapter": (lambda src, dst: None, ["--adapter", "/nowhere"], "has no adapter_config.json"),
     "missing tensor": (drop_tensor, [], "1 tensor missing, first: model.transformer.ln_f.weight."),
     "truncated": (truncate, [], "is truncated"),
     "destination exists": (occupy, [], "exists; remove it first"),
@@ -223,13 +247,13 @@ def test_bad_input(tmp_path, capsys, prepare, options, message):
     src, dst = tmp_path / "src", tmp_path / "out"
     shutil.copytree(CHECKPOINTS / "llada-tiny", src, copy_function=shutil.copyfile)
     prepare(src, dst)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert convert("--src", src, "--dst", dst, *options) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.startswith("hf_to_orbax.py: ") and captured.err.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_a_destination_that_cannot_be_written(tmp_path, capsys):
@@ -255,6 +279,97 @@ def test_too_little_space(tmp_path, capsys, monkeypatch):
     assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", tmp_path / "out") == 2
     assert "0.0 GB of free space" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_destination_is_a_broken_link(tmp_path, capsys):
+    (tmp_path / "link").symlink_to("nowhere")
+    assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", tmp_path / "link" / "out") == 2
+    assert "must name a writable folder." in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """The system lets no file grow beyond a size, which Orbax meets while it writes."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
+    code = f"import runpy, sys; {limit}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = ["--src", CHECKPOINTS / "llada-tiny", "--dst", tmp_path / "out"]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; del sys.argv[0]; {code}", SCRIPT, *arguments],
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 2
+    sentence = f"{tmp_path / 'out'} cannot be written: File too large; nothing was kept."
+    assert result.stderr == f"hf_to_orbax.py: {sentence}\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "file"),
+        ValueError("RESOURCE_EXHAUSTED: Failed writing: x\n[os_error_code='28']"),
+        RuntimeError("Failed to write 9 bytes to file 7: No space left on device"),
+    ],
+)
+def test_a_full_disk_however_it_is_told(tmp_path, capsys, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise ValueError("several\nlines") from error
+
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", fail)
+    assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", tmp_path / "out") == 2
+    assert "out cannot be written: No space left on device; nothing" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_is_merged(tmp_path):
+    src, adapter = tmp_path / "src", tmp_path / "adapter"
+    shutil.copytree(CHECKPOINTS / "llada-tiny", src, copy_function=shutil.copyfile)
+    adapter.mkdir()
+    settings = dict(peft_type="LORA", r=2, lora_alpha=4, target_modules=["blocks.1.q_proj"])
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    rng, name = np.random.default_rng(0), "base_model.model.model.transformer.blocks.1.q_proj"
+    halves = {"lora_A": (2, 64), "lora_B": (64, 2)}
+    tensors = {
+        f"{name}.{part}.weight": rng.standard_normal(shape, np.float32)
+        for part, shape in halves.items()
+    }
+    safetensors.numpy.save_file(tensors, adapter / "adapter_model.safetensors")
+    given, beside = tmp_path / "given", tmp_path / "beside"
+    assert convert("--src", src, "--adapter", adapter, "--dst", given, "--verify") == 0
+    assert_same(checkpoint.load(given), checkpoint.load(src, adapter=adapter))
+    for file in adapter.iterdir():
+        shutil.copy(file, src)
+    assert convert("--src", src, "--dst", beside, "--dtype", "bfloat16") == 0
+    assert_same(checkpoint.load(beside), checkpoint.load(src, dtype="bfloat16"))
+    assert not (beside / "adapter_config.json").exists()
+    with pytest.raises(ValueError, match=r"into which no adapter can be merged; convert .* --adap"):
+        checkpoint.load(given, adapter=adapter)
+
+
+def test_ends_of_text_come_along(tmp_path):
+    src = tmp_path / "src"
+    shutil.copytree(CHECKPOINTS / "llada-tiny", src, copy_function=shutil.copyfile)
+    (src / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    assert convert("--src", src, "--dst", tmp_path / "out") == 0
+    assert checkpoint.inspect(tmp_path / "out").config.more_eos_ids == (5, 6)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("measure_convert_memory.py", ["--dir"]),
+        ("make_synthetic_checkpoint.py", ["--layers", "1", "--dst"]),
+        ("replay.py", ["--checkpoints", "x"]),
+        ("trace_summary.py", []),
+    ],
+)
+def test_scripts_tell_of_a_missing_folder_in_one_sentence(tmp_path, capsys, script, arguments):
+    (tmp_path / "file").touch()
+    main = runpy.run_path(str(ROOT / "scripts" / script))["main"]
+    assert main([*arguments, str(tmp_path / "file" / "none")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(script.removesuffix(".py")) and err.count("\n") == 1
+    assert "file" in err
 
 
 def test_interrupt(tmp_path, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dlm_jax import checkpoint
+from dlm_jax.weights import lora
 
 _START = b'{"key": "'
 
@@ -104,14 +105,28 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def fingerprint(directory: Path) -> str:
-    """What tells the weights in a directory from others, without reading them.
+def fingerprint(directory: Path, adapter: str | Path | None = None) -> str:
+    """What tells the model in a directory from others, without reading its weights.
 
-    Of a converted checkpoint, the checksums of all parameters; otherwise sizes and times of change
-    of the weight files.
+    Of a converted checkpoint, the checksums of all parameters; otherwise its configuration, and
+    sizes and times of change of the weight files. Likewise of an adapter that is merged into it.
     """
+    known: list[Any] = []
+    for name in (checkpoint.GENERATION, lora.CONFIG):  # what ends an answer; an adapter's scale
+        if (directory / name).exists():
+            known.append(_text(directory / name))
+    if adapter is not None:
+        folder = checkpoint.find_adapter(adapter)
+        known.append((_text(folder / lora.CONFIG), _stats(folder)))
     if checkpoint.is_converted(directory):
-        return digest((directory / checkpoint.METADATA).read_text(encoding="utf-8"))
-    files = [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return digest((directory / checkpoint.CONFIG).read_text(encoding="utf-8"), stats)
+        return digest(_text(directory / checkpoint.METADATA), *known)
+    return digest(_text(directory / checkpoint.CONFIG), _stats(directory), *known)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _stats(folder: Path) -> list[tuple[str, int, int]]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]

@@ -60,6 +60,7 @@ def add_model(add: Add) -> None:
         metavar="DIR",
         help=f"checkpoint, embedded model, or owner/name[@revision] on the hub [{MODEL}]",
     )
+    add("--adapter", metavar="DIR", help="LoRA adapter to merge into the model [none]")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

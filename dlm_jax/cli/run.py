@@ -97,8 +97,8 @@ class Job:
         prompts: Sequence[Prompt],
     ) -> "Job":
         # Configuration, headers and tokenizer suffice for all checks; the weights come last.
-        config = checkpoint.inspect(directory).config
-        tok = tokenizer.open_tokenizer(directory)
+        config = checkpoint.inspect(directory, args.adapter).config
+        tok = checkpoint.open_tokenizer(directory, config)
         as_chat = _use_chat(args, tok)
         if args.interactive:
             streams.check_input()
@@ -112,7 +112,7 @@ class Job:
         token_freq = choices.token_freq(args, config, decode)
         identity = digest(
             dlm_jax.__version__,
-            fingerprint(directory),
+            fingerprint(directory, args.adapter),
             [args.dtype, repr(method), args.stop],
             None if token_freq is None else token_freq.tolist(),
         )
@@ -121,7 +121,9 @@ class Job:
         requests = plan.requests(asked, config, max(rows, 1), identity)
         if args.history is not None:
             _check_history(args, requests)
-        needed = bool(asked) or args.interactive
+        opened = None
+        if asked or args.interactive:
+            opened = checkpoint.load(directory, dtype=args.dtype, adapter=args.adapter)
         return cls(
             args=args,
             console=console,
@@ -131,7 +133,7 @@ class Job:
             questions=questions,
             requests=requests,
             token_freq=token_freq,
-            opened=checkpoint.load(directory, dtype=args.dtype) if needed else None,
+            opened=opened,
             identity=identity,
             phase=functools.partial(progress.phase, console),
         )

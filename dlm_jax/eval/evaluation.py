@@ -94,8 +94,8 @@ class Evaluation:
             logging.getLogger(name).setLevel(logging.ERROR)
         mesh = sharding.make_mesh(args.mesh)
         directory = checkpoint_lib.find(args.model)
-        config = checkpoint_lib.inspect(directory).config
-        tok = tokenizer.open_tokenizer(directory)
+        config = checkpoint_lib.inspect(directory, args.adapter).config
+        tok = checkpoint_lib.open_tokenizer(directory, config)
         if tok is None:
             raise ValueError(f"{args.model} has no tokenizer; evaluation is about text.")
         variant = defaults.variant(args.variant, directory, tok)
@@ -117,7 +117,10 @@ class Evaluation:
             print(f"variant {variant}, prompts {told} ...", file=sys.stderr, flush=True)
         responses = Responses(args.output, process=distributed.index())
         opened = checkpoint_lib.load(
-            directory, dtype=args.dtype, shardings=sharding.param_shardings(config, mesh)
+            directory,
+            dtype=args.dtype,
+            shardings=sharding.param_shardings(config, mesh),
+            adapter=args.adapter,
         )
         return cls(
             args=args,
@@ -163,6 +166,7 @@ class Evaluation:
             responses=self.responses,
             check_greedy=args.check_greedy,
             checkpoint=self.checkpoint,
+            adapter=args.adapter,
             token_freq=self.token_freq,
             settings=settings,
         )
@@ -269,7 +273,7 @@ class Evaluation:
         )
         model = dict(
             variant=self.variant,
-            weights=fingerprint(checkpoint_lib.find(self.args.model)),
+            weights=fingerprint(checkpoint_lib.find(self.args.model), self.args.adapter),
             chat=self.chat,
         )
         result = dict(arguments=args, model=model, machine=machine, rows=rows)

@@ -59,6 +59,7 @@ class DiffusionLM(TemplateLM):
         responses: str | Path | Responses | None = None,
         check_greedy: bool | str = False,
         checkpoint: Checkpoint | None = None,
+        adapter: str | Path | None = None,
         token_freq: np.ndarray | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -80,7 +81,8 @@ class DiffusionLM(TemplateLM):
           responses: a folder in which responses are kept, so that a killed run can be resumed.
           check_greedy: whether `loglikelihood` also generates, to tell if the continuation is what
             the model would say; otherwise it is reported not to be.
-          checkpoint: what `pretrained` names, if it is open already.
+          checkpoint: what `pretrained` names, with its adapter, if it is open already.
+          adapter: directory of a LoRA adapter that is merged into the model.
           token_freq: see `diffusion_generate`.
           device: must be None.
           max_batch_size: must be None.
@@ -108,8 +110,8 @@ class DiffusionLM(TemplateLM):
             for name, value in (("add_bos", add_bos), ("check_greedy", check_greedy))
         )
         directory = checkpoint_lib.find(pretrained)
-        config = checkpoint_lib.inspect(directory).config
-        self.tokenizer: Any = tokenizer.open_tokenizer(directory)
+        config = checkpoint_lib.inspect(directory, adapter).config
+        self.tokenizer: Any = checkpoint_lib.open_tokenizer(directory, config)
         if self.tokenizer is None:
             raise ValueError(f"{pretrained} has no tokenizer; evaluation is about text.")
         variant = defaults.variant(variant, directory, self.tokenizer)
@@ -127,12 +129,15 @@ class DiffusionLM(TemplateLM):
             responses = Responses(folder, process=distributed.index())
         self._responses = responses
         self.checkpoint = checkpoint or checkpoint_lib.load(
-            directory, dtype=dtype, shardings=sharding.param_shardings(config, mesh)
+            directory,
+            dtype=dtype,
+            shardings=sharding.param_shardings(config, mesh),
+            adapter=adapter,
         )
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.checkpoint.params)})
         freq = None if token_freq is None else digest(np.asarray(token_freq).tolist())
         # Copies of the weights on several hosts differ in the time of their files.
-        weights = distributed.gather(fingerprint(directory))[0]
+        weights = distributed.gather(fingerprint(directory, adapter))[0]
         self._identity = (dlm_jax.__version__, weights, dtypes, freq, seed)
         self._generator = Generator(self.checkpoint, mesh, seed, token_freq)
         self._scorer = Scorer(

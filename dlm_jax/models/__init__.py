@@ -1,7 +1,7 @@
 """Models by name.
 
-A new family is one module with `NAME`, `PRESETS`, `DECODE`, `LIKELIHOOD`, `WEIGHTS`, `from_hf` and
-`to_hf`, and one line in `FAMILIES`.
+A new family is one module with `NAME`, `ARCHITECTURE`, `MASK_TOKEN`, `PRESETS`, `DECODE`,
+`LIKELIHOOD`, `WEIGHTS`, `from_hf` and `to_hf`, and one line in `FAMILIES`.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax.models import dream, hf, llada
+from dlm_jax.models import dream, hf, kinds, llada
 from dlm_jax.models.base import Block, Config, LayerFn, Transformer
 from dlm_jax.typing import Params
 
@@ -42,18 +42,22 @@ PRESETS: dict[str, Config] = {
 """Preset name -> configuration, for random weights of a known shape."""
 
 
-def config_from_hf(raw: dict[str, Any]) -> Config:
-    """Reads a parsed Hugging Face config.json of any supported family.
+def config_from_hf(raw: dict[str, Any], generation: dict[str, Any] | None = None) -> Config:
+    """Reads a Hugging Face configuration of any supported family.
+
+    Args:
+      raw: the parsed config.json.
+      generation: the parsed generation_config.json, if there is one: it may name more ends.
 
     Raises:
-      ValueError: the model type is unknown, or a setting is missing or not implemented.
+      ValueError: the model is of another family, or a setting is missing or not implemented.
     """
-    model_type = str(raw.get("model_type", ""))
-    if model_type.lower() not in FAMILIES:
-        raise ValueError(
-            f"config.json: model_type is {model_type!r}; it must be one of {', '.join(FAMILIES)}."
-        )
-    return FAMILIES[model_type.lower()].from_hf(raw)
+    generation = generation or {}
+    hf.check_finite(raw, hf.CONFIG)
+    hf.check_finite(generation, hf.GENERATION)
+    architectures = {name: module.ARCHITECTURE for name, module in FAMILIES.items()}
+    family = kinds.family(raw, generation, architectures)
+    return FAMILIES[family].from_hf(raw | {"eos_token_id": hf.ends(raw, generation)})
 
 
 def config_to_hf(config: Config) -> dict[str, Any]:

@@ -78,8 +78,9 @@ class Config:
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number.")
-        named = [(name, getattr(self, name)) for name in ("mask_id", "eos_id", "pad_id")]
-        for name, token in (*named, *(("more_eos_ids", token) for token in self.more_eos_ids)):
+        ids = {name: getattr(self, name) for name in ("mask_id", "eos_id", "pad_id")}
+        ids |= {f"more_eos_ids[{i}]": token for i, token in enumerate(self.more_eos_ids)}
+        for name, token in ids.items():
             if not 0 <= token < self.vocab_size:
                 raise ValueError(
                     f"{name} is {token}; it must be a token id below vocab_size, {self.vocab_size}."

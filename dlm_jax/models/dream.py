@@ -6,11 +6,17 @@ predicts the token at p + 1. Hence `shift=1`.
 
 from typing import Any
 
+from dlm_jax.models import hf
 from dlm_jax.models.base import Config
-from dlm_jax.models.hf import expect, read
 
 NAME = "dream"
 """Key of this family, and `model_type` in its config.json (there spelled `Dream`)."""
+
+ARCHITECTURE = "DreamModel"
+"""What `architectures` in its config.json says."""
+
+MASK_TOKEN = "<|mask|>"
+"""Text of the mask in its tokenizers."""
 
 _7B: dict[str, Any] = dict(
     family=NAME,
@@ -74,38 +80,31 @@ def from_hf(raw: dict[str, Any]) -> Config:
     Raises:
       ValueError: a value that this transformer does not implement, or a missing one; it is named.
     """
-    expect(raw, _SUPPORTED)
-    width, heads = read(raw, "hidden_size"), read(raw, "num_attention_heads")
-    if width % heads:
-        raise ValueError(
-            f"config.json: hidden_size is {width}; it must be a multiple of num_attention_heads, "
-            f"{heads}."
-        )
+    hf.expect(raw, _SUPPORTED)
+    vocab_size, heads = hf.whole(raw, "vocab_size"), hf.whole(raw, "num_attention_heads")
     return Config(
         family=NAME,
-        vocab_size=read(raw, "vocab_size"),
-        width=width,
-        mlp_width=read(raw, "intermediate_size"),
-        num_layers=read(raw, "num_hidden_layers"),
+        vocab_size=vocab_size,
+        width=hf.whole(raw, "hidden_size"),
+        mlp_width=hf.whole(raw, "intermediate_size"),
+        num_layers=hf.whole(raw, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=width // heads,
-        rope_theta=float(read(raw, "rope_theta")),
-        norm_eps=float(read(raw, "rms_norm_eps")),
+        num_kv_heads=hf.whole(raw, "num_key_value_heads", heads),
+        head_dim=hf.head_dim(raw, "hidden_size", "num_attention_heads"),
+        rope_theta=hf.rope_theta(raw),
+        norm_eps=hf.number(raw, "rms_norm_eps"),
         qkv_bias=True,
-        tied_head=bool(raw.get("tie_word_embeddings", False)),
-        max_length=read(raw, "max_position_embeddings"),
+        tied_head=hf.flag(raw, "tie_word_embeddings"),
+        max_length=hf.whole(raw, "max_position_embeddings"),
         shift=1,
-        mask_id=read(raw, "mask_token_id"),
-        eos_id=read(raw, "eos_token_id"),
-        pad_id=read(raw, "pad_token_id"),
+        **hf.special_ids(raw, vocab_size),
     )
 
 
 def to_hf(config: Config) -> dict[str, Any]:
     """The inverse of `from_hf`: a config.json that the original code reads."""
     return {name: values[0] for name, values in _SUPPORTED.items()} | {
-        "architectures": ["DreamModel"],
+        "architectures": [ARCHITECTURE],
         "model_type": "Dream",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -119,7 +118,7 @@ def to_hf(config: Config) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_head,
         "max_position_embeddings": config.max_length,
         "mask_token_id": config.mask_id,
-        "eos_token_id": config.eos_id,
+        "eos_token_id": hf.eos_token_id(config.eos_id, config.more_eos_ids),
         "pad_token_id": config.pad_id,
         "bos_token_id": config.eos_id,
     }

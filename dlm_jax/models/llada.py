@@ -3,11 +3,17 @@
 import dataclasses
 from typing import Any
 
+from dlm_jax.models import hf
 from dlm_jax.models.base import Config
-from dlm_jax.models.hf import expect, read
 
 NAME = "llada"
 """Key of this family, and `model_type` in its config.json."""
+
+ARCHITECTURE = "LLaDAModelLM"
+"""What `architectures` in its config.json says."""
+
+MASK_TOKEN = "<|mdm_mask|>"
+"""Text of the mask in its tokenizers, which do not say themselves that it is one."""
 
 _8B: dict[str, Any] = dict(
     family=NAME,
@@ -98,40 +104,39 @@ def from_hf(raw: dict[str, Any]) -> Config:
     Raises:
       ValueError: a value that this transformer does not implement, or a missing one; it is named.
     """
-    expect(raw, _SUPPORTED)
+    hf.expect(raw, _SUPPORTED)
     for name in ("layer_norm_type", "rope"):  # whose defaults in the original are other than ours
-        read(raw, name)
-    width, heads = read(raw, "d_model"), read(raw, "n_heads")
-    if width % heads:
-        raise ValueError(
-            f"config.json: d_model is {width}; it must be a multiple of n_heads, {heads}."
-        )
+        hf.read(raw, name)
+    width, heads = hf.whole(raw, "d_model"), hf.whole(raw, "n_heads")
+    # The embedding may have more rows than there are tokens (padding for speed).
+    vocab_size = hf.whole(raw, "embedding_size", hf.whole(raw, "vocab_size"))
+    if raw.get("mlp_hidden_size") is None:
+        mlp_width = width * hf.whole(raw, "mlp_ratio")
+    else:
+        mlp_width = hf.whole(raw, "mlp_hidden_size")
     return Config(
         family=NAME,
-        # The embedding may have more rows than there are tokens (padding for speed).
-        vocab_size=raw.get("embedding_size") or read(raw, "vocab_size"),
+        vocab_size=vocab_size,
         width=width,
-        mlp_width=raw.get("mlp_hidden_size") or width * read(raw, "mlp_ratio"),
-        num_layers=read(raw, "n_layers"),
+        mlp_width=mlp_width,
+        num_layers=hf.whole(raw, "n_layers"),
         num_heads=heads,
-        num_kv_heads=raw.get("n_kv_heads") or heads,
-        head_dim=width // heads,
-        rope_theta=float(read(raw, "rope_theta")),
-        norm_eps=float(read(raw, "rms_norm_eps")),
-        qkv_bias=bool(raw.get("include_qkv_bias", False)),
-        tied_head=bool(raw.get("weight_tying", False)),
-        max_length=read(raw, "max_sequence_length"),
+        num_kv_heads=hf.whole(raw, "n_kv_heads", heads),
+        head_dim=hf.head_dim(raw, "d_model", "n_heads"),
+        rope_theta=hf.rope_theta(raw),
+        norm_eps=hf.number(raw, "rms_norm_eps"),
+        qkv_bias=hf.flag(raw, "include_qkv_bias"),
+        tied_head=hf.flag(raw, "weight_tying"),
+        max_length=hf.whole(raw, "max_sequence_length"),
         shift=0,
-        mask_id=read(raw, "mask_token_id"),
-        eos_id=read(raw, "eos_token_id"),
-        pad_id=read(raw, "pad_token_id"),
+        **hf.special_ids(raw, vocab_size),
     )
 
 
 def to_hf(config: Config) -> dict[str, Any]:
     """The inverse of `from_hf`: a config.json that the original code reads."""
     return {name: values[0] for name, values in _SUPPORTED.items()} | {
-        "architectures": ["LLaDAModelLM"],
+        "architectures": [ARCHITECTURE],
         "model_type": NAME,
         "vocab_size": config.vocab_size,
         "embedding_size": config.vocab_size,
@@ -147,6 +152,6 @@ def to_hf(config: Config) -> dict[str, Any]:
         "weight_tying": config.tied_head,
         "max_sequence_length": config.max_length,
         "mask_token_id": config.mask_id,
-        "eos_token_id": config.eos_id,
+        "eos_token_id": hf.eos_token_id(config.eos_id, config.more_eos_ids),
         "pad_token_id": config.pad_id,
     }

@@ -25,6 +25,15 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What Git LFS leaves in the place of a file that it has not fetched.
+_POINTER = b"version https://git-lfs"
+# Bits of an exponent that only infinities and NaN have.
+_EXPONENTS = {
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+}
+# In front of all names: what the tools that wrapped the model have left.
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 # What is read at a time. Small enough for the processor's cache, which makes transposing fast.
 _CHUNK_BYTES = 1 << 19
 # Alignment at which JAX's CPU backend adopts an array instead of copying it.
@@ -52,10 +61,15 @@ class Tensor:
         """Reads and casts the tensor into `out`, of the same shape and any strides and dtype.
 
         Raises:
-          ValueError: the file ends early, or a value is too large for float16.
+          ValueError: the file ends early, a value is not finite, or too large for float16.
         """
         row = 0
         for chunk in self.chunks():
+            if not _is_finite(chunk):
+                raise ValueError(
+                    f"{self.label} has values that are not finite (NaN or infinite); the file is "
+                    "damaged, or the model's training has diverged."
+                )
             out[row : row + len(chunk)] = self._cast(chunk, out.dtype)
             row += len(chunk)
 
@@ -64,11 +78,20 @@ class Tensor:
             return chunk.astype(dtype, copy=False)
         with np.errstate(over="ignore"):
             cast = chunk.astype(dtype)
-        if np.isinf(cast).any() and not np.isinf(chunk).any():
+        if not _is_finite(cast):
             raise ValueError(
                 f"{self.label} has values beyond the range of float16; take bfloat16 or float32."
             )
         return cast
+
+
+def _is_finite(chunk: np.ndarray) -> bool:
+    """Whether there is neither NaN nor infinity."""
+    bits = _EXPONENTS.get(chunk.dtype)
+    if bits is None:
+        return bool(np.isfinite(chunk).all())
+    # Ten times as fast as `isfinite`.
+    return not chunk.size or bool((chunk.view(np.uint16) & bits).max() < bits)
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -85,22 +108,50 @@ def open_weights(directory: Path) -> dict[str, Tensor]:
     Reads `model.safetensors`, its sharded form, or (only if PyTorch is installed)
     `pytorch_model.bin` and its sharded form, the first of these that exists.
 
+    What tools that wrap a model put in front of every name (`module.`, `_orig_mod.`) is left out.
+
     Raises:
       FileNotFoundError: there are no weights, or a shard is missing.
       ValueError: a file is truncated or not what its name says, or holds a dtype that is not
         supported.
     """
-    if (directory / SINGLE).exists():
-        return _open_safetensors(directory / SINGLE)
-    if (directory / SHARDED).exists():
-        return _merge(_shards(directory / SHARDED), _open_safetensors)
-    if (directory / TORCH_SINGLE).exists():
-        return _open_torch(directory / TORCH_SINGLE)
-    if (directory / TORCH_SHARDED).exists():
-        return _merge(_shards(directory / TORCH_SHARDED), _open_torch)
+    for single, sharded in ((SINGLE, SHARDED), (TORCH_SINGLE, TORCH_SHARDED)):
+        if (directory / single).exists():
+            return unwrap(open_file(directory / single))
+        if (directory / sharded).exists():
+            return unwrap(_merge(_shards(directory / sharded)))
     raise FileNotFoundError(
         f"{directory} holds no weights; it must hold {SINGLE} or {SHARDED} with its shards."
     )
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """Tensor name -> tensor, of one weight file; `ValueError` as `open_weights`."""
+    check_fetched(path)
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def unwrap(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out what stands in front of all names because a model was wrapped."""
+    while tensors and (
+        wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in tensors)), None)
+    ):
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def check_fetched(path: Path) -> None:
+    """Refuses a file that Git has not fetched; one that is missing is fine.
+
+    Raises:
+      ValueError: one sentence.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(_POINTER)) == _POINTER:
+                raise ValueError(
+                    f"{path} is a Git LFS pointer; fetch the file itself with `git lfs pull`."
+                )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -109,9 +160,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: the file holds anything else.
     """
+    check_fetched(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object.")
@@ -125,9 +177,10 @@ def shard_names(index: Path) -> list[str]:
       ValueError: it names none.
     """
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{index} has no weight_map; it must map tensor names to files.")
-    return sorted({Path(str(name)).name for name in weight_map.values()})
+    return sorted({Path(name).name for name in names})
 
 
 def _shards(index: Path) -> list[Path]:
@@ -142,10 +195,10 @@ def _shards(index: Path) -> list[Path]:
     return files
 
 
-def _merge(files: list[Path], open_one: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _merge(files: list[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in open_one(file).items():
+        for name, tensor in open_file(file).items():
             if name in tensors:
                 raise ValueError(f"{file}: tensor {name} is in an earlier weight file too.")
             tensors[name] = tensor
@@ -183,12 +236,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
     """The entries of the header, and where the data starts."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        if head.startswith(b"version"):
-            raise ValueError(
-                f"{path} is a Git LFS pointer; fetch the file itself with `git lfs pull`."
-            )
-        length = int.from_bytes(head, "little")
+        length = int.from_bytes(file.read(8), "little")
         if size < 8 or size < 8 + length:
             raise ValueError(
                 f"{path} is truncated, or no safetensors file: it ends within its header."
@@ -197,7 +245,11 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             for entry in header.values():
-                _ = entry["dtype"], entry["shape"], entry["data_offsets"][1]
+                low, high = entry["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in (low, high, *entry["shape"])):
+                    raise ValueError("sizes must be whole numbers")
+                if not isinstance(entry["dtype"], str):
+                    raise ValueError("a dtype must be a name")
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no safetensors file: its header cannot be read."
