@@ -8,17 +8,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
+from hub_fixtures import NAME, TINY, reach
 from huggingface_hub import constants
 from huggingface_hub.utils import logging as client_logging
 from loopback_hub import LoopbackHub
 from make_synthetic_checkpoint import write_checkpoint
-from places import CHECKPOINTS, ROOT
+from places import ROOT
 from tiny_models import small_config
 
 import dlm_jax
@@ -26,42 +26,12 @@ from dlm_jax import checkpoint, generate, models
 from dlm_jax.eval import defaults
 from dlm_jax.weights import hub as hub_lib
 
-NAME = "owner/LLaDA-tiny"
-TINY = CHECKPOINTS / "llada-tiny"
+pytest_plugins = ["hub_fixtures"]
+
 MATH = ROOT / "dlm_jax" / "assets" / "llada-tiny-math"
 WEIGHTS = "model.safetensors"
 BREAK = [5000, 0, 0, 0, 0, 0]
 """Bytes until a connection ends: the client tries five times more before it gives up."""
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    """The hub's cache, and nothing else of what the environment says."""
-    cache = tmp_path / "cache"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return cache
-
-
-@pytest.fixture
-def hub(cache, monkeypatch) -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        reach(hub.url, monkeypatch)
-        hub.add(NAME, TINY)
-        yield hub
-    huggingface_hub.close_session()
-
-
-def reach(url: str, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def go_offline(monkeypatch) -> None:
