@@ -172,7 +172,14 @@ def test_dtypes_of_base_and_adapter(base, tmp_path, stored, dtype):
         (dict(target_modules=None), 2.0),
         (dict(target_modules=r".*\.(q_proj|blocks\.1\.ff_out)"), 2.0),
         (dict(target_modules=["q_proj", "blocks.1.ff_out", "o_proj", "gate_proj"]), 2.0),
-        (dict(target_modules=["q_proj", "ff_out"], layers_to_transform=[0, 1]), 2.0),
+        (
+            dict(
+                target_modules=["q_proj", "ff_out"],
+                exclude_modules=["0.ff_out", "transformer.ff_out"],
+            ),
+            2.0,
+        ),
+        (dict(target_modules=["q_proj"] * 2 + ["blocks.1.ff_out"], layers_pattern="blocks"), 2.0),
         (dict(init_lora_weights="gaussian", unsloth_fixed=True, something_new=None), 2.0),
     ],
 )
@@ -189,6 +196,16 @@ def test_a_module_may_have_its_own_rank_and_alpha(base, tmp_path):
     wanted = summed(base, 2.0, tensors)
     wanted[f"{DOWN}.weight"] = summed(base, 4.0, tensors)[f"{DOWN}.weight"]
     assert_close(loaded(base, adapter=adapter), wanted)
+
+
+@pytest.mark.parametrize("settings", [dict(layers_to_transform=0), dict(layers_to_transform=[0])])
+def test_only_some_layers(base, tmp_path, settings):
+    tensors = thin(Q, (16, 16), 3)
+    for more in (dict(), dict(layers_pattern="blocks"), dict(layers_pattern=["h", "blocks"])):
+        adapter = write_adapter(
+            tmp_path / "adapter", tensors, target_modules=["q_proj"], **settings, **more
+        )
+        assert_close(loaded(base, adapter=adapter), summed(base, 2.0, tensors))
 
 
 @pytest.mark.parametrize("ending", ["", ".weight", ".default.weight"])
@@ -336,13 +353,18 @@ REFUSED = {
     "no rank": (None, dict(r="3"), "the rank of .* is '3'; it must be a whole number"),
     "rank yes": (None, dict(r=True), "the rank of .* is True"),
     "alpha": (None, dict(lora_alpha="6"), "lora_alpha of .* is '6'; it must be a number"),
+    "alpha huge": (None, dict(lora_alpha=10**400), "lora_alpha of .* it must be a number"),
     "alpha NaN": (None, dict(lora_alpha=math.nan), "lora_alpha of .* is nan"),
     "patterns": (None, dict(rank_pattern=[3]), r"rank_pattern is \[3\]"),
     "no pattern": (None, dict(alpha_pattern={"(": 3}), "alpha_pattern has .* no regular expr"),
     "flag": (None, dict(use_rslora="yes"), "use_rslora is 'yes'; it must be true or false"),
     "targets": (None, dict(target_modules=3), "target_modules is 3; it must be names"),
     "incomplete": (None, dict(target_modules=["q_proj", "ff_out"]), r"no tensors for .*0\.ff_out"),
-    "more": (None, dict(target_modules=["q_proj"]), "but there are tensors for .*ff_out"),
+    "more": (None, dict(target_modules=["q_proj"]), r"tensors for .*ff_out, which target_mod"),
+    "excluded": (None, dict(exclude_modules="nothing|.*q_proj"), "and exclude_modules do not"),
+    "layers": (None, dict(layers_to_transform=[1]), r"0\.q_proj, which .* and layers_to_transf"),
+    "no layers": (None, dict(layers_to_transform="0"), "layers_to_transform is '0'; it must be"),
+    "no such layers": (None, dict(layers_to_transform=0, layers_pattern="h"), "layers_pattern do"),
     "no A": (changed(lora_A=None), {}, f"has no lora_A for {Q}"),
     "no B": (changed(lora_B=None), {}, f"has no lora_B for {Q}"),
     "shape of A": (changed(lora_A=zeros(3, 15)), {}, r"lora_A.weight has shape \[3, 15\]"),

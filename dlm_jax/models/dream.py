@@ -87,7 +87,7 @@ def from_hf(raw: dict[str, Any]) -> Config:
         vocab_size=vocab_size,
         width=hf.whole(raw, "hidden_size"),
         mlp_width=hf.whole(raw, "intermediate_size"),
-        num_layers=hf.whole(raw, "num_hidden_layers"),
+        num_layers=hf.layers(raw, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=hf.whole(raw, "num_key_value_heads", heads),
         head_dim=hf.head_dim(raw, "hidden_size", "num_attention_heads"),

@@ -32,8 +32,11 @@ _PLAIN_ROPE: dict[str, tuple[Any, ...]] = {
     "factor": (None, 1.0, 1),
     "partial_rotary_factor": (None, 1.0, 1),
 }
-_MOST = 2**31
-"""Sizes and token ids lie below."""
+_MOST = 2**31 - 1
+"""Of sizes."""
+_MOST_LAYERS = 10_000
+"""So that a wrong number is told before shapes of that many layers are worked out."""
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def expect(raw: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
@@ -48,7 +51,13 @@ def expect(raw: dict[str, Any], supported: dict[str, tuple[Any, ...]]) -> None:
     """
     for name, values in (_NOT_IMPLEMENTED | supported).items():
         _expect_one(name, raw, name, values)
-    for layer in raw.get("layer_types") or ():
+    kinds = raw.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"{CONFIG}: layer_types is {kinds!r}; it must be a list of names.")
+    for name in ("dtype", "torch_dtype"):  # not read: the files know theirs
+        if not isinstance(raw.get(name), str | None):
+            raise ValueError(f"{CONFIG}: {name} is {raw[name]!r}; it must be a name.")
+    for layer in kinds or ():
         if layer != "full_attention":
             raise ValueError(
                 f"{CONFIG}: layer_types holds {layer!r}, which is not implemented; every layer "
@@ -97,13 +106,16 @@ def read(raw: dict[str, Any], name: str) -> Any:
     return value
 
 
-def whole(raw: dict[str, Any], name: str, otherwise: int | None = None) -> int:
+def whole(
+    raw: dict[str, Any], name: str, otherwise: int | None = None, *, most: int = _MOST
+) -> int:
     """A size.
 
     Args:
       raw: the parsed config.json.
       name: of the setting.
       otherwise: the value of a setting that is missing or null; without it, that is refused.
+      most: the largest that it can be.
 
     Raises:
       ValueError: naming the setting.
@@ -111,9 +123,16 @@ def whole(raw: dict[str, Any], name: str, otherwise: int | None = None) -> int:
     if raw.get(name) is None and otherwise is not None:
         return otherwise
     value = read(raw, name)
-    if type(value) is not int or not 1 <= value < _MOST:
-        raise ValueError(f"{CONFIG}: {name} is {value!r}; it must be a whole number from 1.")
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(
+            f"{CONFIG}: {name} is {value!r}; it must be a whole number from 1 to {most}."
+        )
     return value
+
+
+def layers(raw: dict[str, Any], name: str) -> int:
+    """The number of layers; `ValueError` as `whole`."""
+    return whole(raw, name, most=_MOST_LAYERS)
 
 
 def number(raw: dict[str, Any], name: str) -> float:
@@ -126,8 +145,10 @@ def number(raw: dict[str, Any], name: str) -> float:
 
 
 def _positive(value: Any, label: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{CONFIG}: {label} is {value!r}; it must be a number above 0.")
+    if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+        raise ValueError(
+            f"{CONFIG}: {label} is {value!r}; it must be a number above 0 that a float32 can hold."
+        )
     return float(value)
 
 

@@ -119,7 +119,7 @@ def from_hf(raw: dict[str, Any]) -> Config:
         vocab_size=vocab_size,
         width=width,
         mlp_width=mlp_width,
-        num_layers=hf.whole(raw, "n_layers"),
+        num_layers=hf.layers(raw, "n_layers"),
         num_heads=heads,
         num_kv_heads=hf.whole(raw, "n_kv_heads", heads),
         head_dim=hf.head_dim(raw, "d_model", "n_heads"),

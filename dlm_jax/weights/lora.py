@@ -22,6 +22,7 @@ from dlm_jax.weights.files import Tensor
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
+_LARGEST = float(np.finfo(np.float32).max)
 # Setting -> the values with which it changes nothing; with any other the numbers would differ.
 _NOT_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
@@ -47,8 +48,6 @@ _OF_NO_EFFECT = {
     *("init_lora_weights", "target_modules", "r", "lora_alpha", "rank_pattern", "alpha_pattern"),
     *("use_rslora", "use_dora"),
 }
-# With these, not all of the modules that are meant have an adapter.
-_NARROWING = ("exclude_modules", "layers_pattern", "layers_to_transform")
 _PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<half>lora_[AB])(?:\.default)?\.weight"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
@@ -165,7 +164,7 @@ class _Adapter:
             raise ValueError(
                 f"{self.path}: the rank of {module} is {rank!r}; it must be a whole number from 1."
             )
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) <= _LARGEST:
             raise ValueError(
                 f"{self.path}: lora_alpha of {module} is {alpha!r}; it must be a number."
             )
@@ -187,31 +186,60 @@ class _Adapter:
 
     def check_targets(self, modules: Collection[str]) -> None:
         """Refuses an adapter that has not all tensors that it says it has, or others."""
-        target = self.raw.get("target_modules")
-        if not target or target == "all-linear":
+        if not self.raw.get("target_modules") or self.raw["target_modules"] == "all-linear":
             return
-        if not isinstance(target, str) and not (
-            isinstance(target, list) and all(isinstance(name, str) for name in target)
-        ):
-            raise ValueError(
-                f"{self.path}: target_modules is {target!r}; it must be names of modules."
-            )
-        if isinstance(target, str):
-            pattern = self._compile(target, "target_modules")
-        else:
-            pattern = re.compile(rf"(.*\.)?({'|'.join(map(re.escape, target))})")
-        meant = {module for module in modules if pattern.fullmatch(module)}
-        others = sorted(self.parts.keys() - meant)
+        meant = self._named("target_modules", modules)
+        if self.raw.get("exclude_modules"):
+            meant -= self._named("exclude_modules", modules)
+        meant = {module for module in meant if self._in_layers(module)}
+        others, lacking = self.parts.keys() - meant, meant - self.parts.keys()
         if others:
             raise ValueError(
-                f"{self.path}: target_modules is {target!r}, but there are tensors for {others[0]}."
+                f"{self.path}: there are tensors for {min(others)}, which {self._choosing} do not "
+                "choose; settings and weights must be of one adapter."
             )
-        lacking = sorted(meant - self.parts.keys())
-        if lacking and not any(self.raw.get(setting) for setting in _NARROWING):
+        if lacking:
             raise ValueError(
-                f"{self.path}: target_modules is {target!r}, but there are no tensors for "
-                f"{lacking[0]}; the adapter is incomplete."
+                f"{self.path}: there are no tensors for {min(lacking)}, which {self._choosing} "
+                "choose; the adapter is incomplete."
             )
+
+    @property
+    def _choosing(self) -> str:
+        """The settings that say which modules have an adapter."""
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        return " and ".join(name for name in names if self.raw.get(name) not in (None, [], ""))
+
+    def _named(self, setting: str, modules: Collection[str]) -> set[str]:
+        """The modules that a setting names: by the ends of their names, or by one pattern."""
+        given = self.raw[setting]
+        if isinstance(given, str):
+            pattern = self._compile(given, setting)
+        else:
+            ends = "|".join(map(re.escape, self._texts(setting)))
+            pattern = re.compile(rf"(.*\.)?({ends})")
+        return {module for module in modules if pattern.fullmatch(module)}
+
+    def _texts(self, setting: str) -> list[str]:
+        given = self.raw[setting]
+        given = [given] if isinstance(given, str) else given
+        if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+            raise ValueError(f"{self.path}: {setting} is {given!r}; it must be names of modules.")
+        return given
+
+    def _in_layers(self, module: str) -> bool:
+        """Whether a module is in one of the layers that have adapters."""
+        given = self.raw.get("layers_to_transform")
+        if given in (None, []):
+            return True
+        wanted = given if isinstance(given, list) else [given]
+        if not all(type(layer) is int for layer in wanted):
+            raise ValueError(
+                f"{self.path}: layers_to_transform is {given!r}; it must be numbers of layers."
+            )
+        names = self._texts("layers_pattern") if self.raw.get("layers_pattern") else [r"[^.]+"]
+        found = re.search(rf"(?:^|\.)(?:{'|'.join(names)})\.(\d+)\.", module)
+        return found is not None and int(found[1]) in wanted
 
     def _at(self, module: str, pattern_setting: str, setting: str, otherwise: int) -> Any:
         """A setting of one module: by the first pattern that fits it, or that of all."""
