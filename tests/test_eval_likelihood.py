@@ -17,8 +17,8 @@ from eval_models import (
 )
 from lm_eval.api.instance import Instance
 
-from dlm_jax.cache import NoCache
 from dlm_jax.answers import NotFinite
+from dlm_jax.cache import NoCache
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
