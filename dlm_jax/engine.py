@@ -415,7 +415,7 @@ class Engine:
 
     def _until_end(self, ids: Sequence[int]) -> Sequence[int]:
         """The ids of an answer up to its end; a prompt may hold ends of text that were given."""
-        given = len(ids) - self.decode.gen_length
+        given = len(ids) - self.decode.gen_length if self.decode.infill else 0
         ends = self.decode.ends_of_text(self.checkpoint.config)
         return [*ids[:given], *tokenizer_lib.until_eos(ids[given:], ends)]
 

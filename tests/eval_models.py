@@ -62,12 +62,15 @@ class Scripted(Engine):
 
     def _make(self, checkpoint, decode, method, *, token_freq, mesh) -> Engine:
         self.made.append((decode, method))
+        self.checkpoint, self.decode = checkpoint, decode
         return self
 
     def run(self, rows, key, draw=None) -> Result:
         assert key.shape in ((), (len(rows),))
         self.batches.append([list(row) for row in rows])
-        answer = Answer(self._ids, [0] * len(self._ids), None, len(self._ids), 0, 6, 5)
+        committed_at = [0] * len(self._ids)
+        text = self._text(self._ids, committed_at)
+        answer = Answer(self._ids, committed_at, text, len(self._ids), 0, 6, 5)
         return Result(
             answers=[answer] * len(rows),
             frames=None,

@@ -102,6 +102,7 @@ OUT = GenerateOutput(
     confidence=np.zeros((2, L), np.float32),
     nfe=np.int32(3),
     steps=np.int32([3, 3]),
+    not_finite_at=np.int32([-1, -1]),
     history=None,
     positions_asked=np.float32([[10, 10], [3, 4], [2, 1], [0, 0]]),
     positions_computed=np.float32([[10, 10], [4, 4], [4, 4], [0, 0]]),

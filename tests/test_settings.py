@@ -86,7 +86,7 @@ def test_a_leaf_that_is_off_is_another_structure(holder, field):
 
 
 def test_what_the_documentation_calls_leaves_are_those():
-    told = "temperature top_p top_k alg_temp sigma clip_alpha cfg_scale max_forwards strategy"
+    told = "temperature top_p top_k min_p alg_temp sigma clip_alpha cfg_scale max_forwards strategy"
     assert {field.name for field in leaves_of(DecodeConfig)} == set(told.split())
 
 
