@@ -37,12 +37,11 @@ def _prepare(args: argparse.Namespace) -> Callable[[], None]:
     check(args)
     given = [] if args.interactive else prompts.read(args)
 
-    from dlm_jax.cli.run import Job
+    from dlm_jax.cli import run
 
     compilation.check_devices()
     compilation.use_cache(args.compile_cache)
-    job = Job.prepare(args, given)
-    return job.converse if args.interactive else job.answer
+    return run.prepare(args, given)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,14 +1,47 @@
 """A conversation in the terminal: `python -m dlm_jax.generate --interactive`."""
 
+import functools
 import sys
 from collections.abc import Callable
 
+import jax
+
+from dlm_jax import tokenizer
 from dlm_jax.cli import options, streams
+from dlm_jax.cli.live import Canvas
+from dlm_jax.cli.model import Model
+from dlm_jax.cli.prompts import Message
 from dlm_jax.engine import PromptError
 from dlm_jax.tokenizer import TemplateError
 
-Message = dict[str, str]
-"""`{"role": "user" | "assistant", "content": text}`, as chat templates take it."""
+
+def hold(model: Model, *, as_chat: bool) -> None:
+    """Holds a conversation with a model until the user leaves.
+
+    Args:
+      model: what replies.
+      as_chat: whether earlier messages are part of the prompt, as its chat template puts them.
+    """
+    reply = functools.partial(_reply, model, as_chat)
+    converse(reply, model.note, remembers=as_chat)
+
+
+def _reply(model: Model, as_chat: bool, messages: list[Message], turn: int) -> str:
+    """The next message; every turn has its own seed."""
+    tok, text = model.checkpoint.tokenizer, messages[-1]["content"]
+    if as_chat:
+        row = tokenizer.encode_chat(tok, messages)
+    else:
+        (row,) = tokenizer.encode(tok, [text], chat=False)
+    key = jax.random.key((model.args.seed + turn) % 2**32)
+    engine = model.engine(model.decode)
+    if model.args.live:
+        with Canvas(model.console, [text], [row], model.checkpoint) as canvas:
+            result = engine.run([row], key, canvas.draw)
+    else:
+        result = engine.run([row], key)
+    model.note_statistics(result)
+    return engine.text(result.answers[0], model.args.stop) or ""
 
 
 def converse(
