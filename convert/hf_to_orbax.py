@@ -36,8 +36,10 @@ import jax
 import numpy as np
 
 from dlm_jax import checkpoint, files, models, tokenizer
-from dlm_jax.checkpoint import Converted, Entry, Source
+from dlm_jax.weights import converted, layout
+from dlm_jax.weights.converted import Converted, Entry
 from dlm_jax.weights.files import check_fetched
+from dlm_jax.weights.source import Source
 
 # Largest piece of a stored array, so that a device that needs a shard reads little else.
 _STORAGE_CHUNK_BYTES = 64 << 20
@@ -78,19 +80,19 @@ def convert(
             f"{src} is no directory; it must be one in the Hugging Face layout, or owner/name on "
             "the hub."
         )
-    if checkpoint.is_converted(directory):
+    if converted.is_converted(directory):
         raise ValueError(
             f"{src} is already converted; give a directory in the Hugging Face layout."
         )
     source = Source.open(directory, adapter)
-    copied = [checkpoint.CONFIG, checkpoint.GENERATION, *tokenizer.FILES]
+    copied = [layout.CONFIG, layout.GENERATION, *tokenizer.FILES]
     for name in copied:
         check_fetched(directory / name)
     total = sum(source.size(path, dtype) for path in source.shapes)
     with _staging(dst) as work:
         _check_space(work, total)
         with _disk_errors(dst), _progress("converting", total) as advance:
-            checkpoint.write_metadata(work, _write_params(source, work, dtype, advance))
+            converted.write_metadata(work, _write_params(source, work, dtype, advance))
             for name in copied:
                 if (directory / name).is_file():
                     shutil.copyfile(directory / name, work / name)
@@ -108,18 +110,18 @@ def verify(directory: Path) -> int:
     Raises:
       FileNotFoundError, ValueError: it is incomplete, damaged or different; in one sentence.
     """
-    if not checkpoint.is_converted(directory):
+    if not converted.is_converted(directory):
         raise FileNotFoundError(
-            f"{directory} is no converted checkpoint; it has no {checkpoint.METADATA}."
+            f"{directory} is no converted checkpoint; it has no {converted.METADATA}."
         )
     stored = Converted.open(directory)
     total = sum(entry.nbytes for entry in stored.entries.values())
     different = []
     with _progress("verifying", total) as advance:
-        for paths in checkpoint.parts(stored.shapes).values():
+        for paths in layout.parts(stored.shapes).values():
             arrays = stored.restore(paths)
             for path in paths:
-                if checkpoint.checksum(arrays[path]) != stored.entries[path].crc32:
+                if converted.checksum(arrays[path]) != stored.entries[path].crc32:
                     different.append(path)
                 advance(stored.entries[path].nbytes)
             del arrays
@@ -140,17 +142,17 @@ def _write_params(
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
     cpu = jax.local_devices(backend="cpu")[0]
     entries: dict[str, Entry] = {}
-    for part, paths in checkpoint.parts(source.shapes).items():
+    for part, paths in layout.parts(source.shapes).items():
         flat = {}
         for path in paths:
             array = source.read(path, dtype)
-            entries[path] = Entry(array.shape, array.dtype, checkpoint.checksum(array))
+            entries[path] = Entry(array.shape, array.dtype, converted.checksum(array))
             flat[path] = jax.device_put(array, cpu)  # adopts the memory, where Orbax would copy it
             advance(array.nbytes)
         tree = models.unflatten(flat)[part]
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_STORAGE_CHUNK_BYTES), tree)
         checkpointer.save(
-            (work / checkpoint.PARAMS / part).resolve(), args=ocp.args.PyTreeSave(tree, save_args)
+            (work / converted.PARAMS / part).resolve(), args=ocp.args.PyTreeSave(tree, save_args)
         )
         for leaf in flat.values():
             leaf.delete()  # Orbax leaves cycles of references, which would keep it for a while

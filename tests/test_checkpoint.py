@@ -20,6 +20,7 @@ from tiny_models import small_config
 
 from dlm_jax import checkpoint, models
 from dlm_jax.weights import files as weight_files
+from dlm_jax.weights.source import Source
 
 NAMES = ["llada-tiny", "dream-tiny"]
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -304,7 +305,7 @@ def test_damage_is_named_in_one_sentence(llada, damage, error, message):
 
 
 def test_a_file_that_shrinks_meanwhile(llada):
-    source = checkpoint.Source.open(llada)
+    source = Source.open(llada)
     cut(5000)(llada)
     with pytest.raises(ValueError, match="is truncated"):
         source.read("head/kernel", None)
@@ -353,7 +354,7 @@ def test_bin_is_read_with_torch(llada):
     torch.save(state, llada / "pytorch_model.bin")
     opened = checkpoint.load(llada)
     assert_same_tensors(models.params_to_hf(opened.config, opened.params), wanted)
-    torch.save(checkpoint.Source, llada / "pytorch_model.bin")
+    torch.save(Source, llada / "pytorch_model.bin")
     with pytest.raises(ValueError, match="holds more than tensors"):
         checkpoint.load(llada)
 

@@ -21,6 +21,8 @@ from places import CHECKPOINTS, ROOT
 from tiny_models import small_config
 
 from dlm_jax import checkpoint, models
+from dlm_jax.weights.converted import is_converted, read_metadata
+from dlm_jax.weights.source import Source
 
 SCRIPT = ROOT / "convert" / "hf_to_orbax.py"
 NAMES = ["llada-tiny", "dream-tiny"]
@@ -95,7 +97,7 @@ def test_casts_while_converting(tmp_path, capsys):
     assert convert("--src", src, "--dst", dst, "--dtype", "bfloat16", "--verify") == 0
     assert "checksums verified" in capsys.readouterr().out
     assert_same(checkpoint.load(dst), checkpoint.load(src, dtype="bfloat16"))
-    entries = checkpoint.read_metadata(dst)
+    entries = read_metadata(dst)
     assert {entry.dtype.name for entry in entries.values()} == {"bfloat16"}
 
 
@@ -376,7 +378,7 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     def interrupt(self, path, dtype):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Source, "read", interrupt)
+    monkeypatch.setattr(Source, "read", interrupt)
     assert convert("--src", CHECKPOINTS / "llada-tiny", "--dst", tmp_path / "out") == 130
     assert "interrupted; nothing was written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -461,7 +463,7 @@ def test_killed_run(tmp_path):
     with pytest.raises(FileNotFoundError):
         checkpoint.load(dst)
     (stale,) = tmp_path.glob(".out.partial-*")
-    assert not checkpoint.is_converted(stale)
+    assert not is_converted(stale)
     running = tmp_path / f".out.partial-{os.getppid()}"  # someone else's, still at work
     running.mkdir()
     assert convert("--src", src, "--dst", dst, "--verify") == 0

@@ -15,6 +15,7 @@ from places import CHECKPOINTS
 from dlm_jax import checkpoint, distributed
 from dlm_jax.batching.batches import Request, complete
 from dlm_jax.batching.responses import Responses, digest, fingerprint
+from dlm_jax.weights import converted, layout
 
 
 @pytest.fixture
@@ -223,19 +224,19 @@ def test_the_fingerprint_of_a_directory_changes_with_its_weights(tmp_path):
     weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(weights, ns=(1, 1))
     assert fingerprint(directory) != before
-    config = directory / checkpoint.CONFIG
+    config = directory / layout.CONFIG
     now = fingerprint(directory)
     config.write_text(config.read_text() + "\n")
     assert fingerprint(directory) != now
 
 
 def test_the_fingerprint_of_a_converted_directory_is_that_of_the_checksums(tmp_path):
-    entry = checkpoint.Entry((2, 3), checkpoint.as_dtype("float32"), "00c0ffee")
+    entry = converted.Entry((2, 3), checkpoint.as_dtype("float32"), "00c0ffee")
     folders = [tmp_path / name for name in ("first", "same", "other")]
     for folder in folders:
         folder.mkdir()
         other = entry._replace(crc32="00c0ffef") if folder.name == "other" else entry
-        checkpoint.write_metadata(folder, {"embed/embedding": other})
+        converted.write_metadata(folder, {"embed/embedding": other})
     first, same, other = map(fingerprint, folders)
     assert first == same != other
 

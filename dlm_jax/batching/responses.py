@@ -14,8 +14,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from dlm_jax import checkpoint
-from dlm_jax.weights import lora
+from dlm_jax.weights import converted, lora
+from dlm_jax.weights.layout import CONFIG, GENERATION
 
 _START = b'{"key": "'
 
@@ -112,15 +112,15 @@ def fingerprint(directory: Path, adapter: str | Path | None = None) -> str:
     sizes and times of change of the weight files. Likewise of an adapter that is merged into it.
     """
     known: list[Any] = []
-    for name in (checkpoint.GENERATION, lora.CONFIG):  # what ends an answer; an adapter's scale
+    for name in (GENERATION, lora.CONFIG):  # what ends an answer; an adapter's scale
         if (directory / name).exists():
             known.append(_text(directory / name))
     if adapter is not None:
-        folder = checkpoint.find_adapter(adapter)
+        folder = lora.find(adapter)
         known.append((_text(folder / lora.CONFIG), _stats(folder)))
-    if checkpoint.is_converted(directory):
-        return digest(_text(directory / checkpoint.METADATA), *known)
-    return digest(_text(directory / checkpoint.CONFIG), _stats(directory), *known)
+    if converted.is_converted(directory):
+        return digest(_text(directory / converted.METADATA), *known)
+    return digest(_text(directory / CONFIG), _stats(directory), *known)
 
 
 def _text(path: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dlm_jax.weights import files
+from dlm_jax.weights import files, hub
 from dlm_jax.weights.files import Tensor
 
 CONFIG = "adapter_config.json"
@@ -52,6 +52,21 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?:(?P<half>lora_[AB])(?:\.default)?\.weight"
     r"|(?P<magnitude>lora_magnitude_vector)(?:\.default)?(?:\.weight)?)"
 )
+
+
+def find(path_or_name: str | Path) -> Path:
+    """The directory of an adapter, or of one of the hub.
+
+    Raises:
+      FileNotFoundError: there is none.
+      OSError, ValueError: as `find`.
+    """
+    directory = hub.locate(path_or_name, kind=hub.ADAPTER)
+    if directory is None:
+        raise FileNotFoundError(
+            f"{str(path_or_name)!r} is no directory; an adapter is one, or owner/name on the hub."
+        )
+    return directory
 
 
 def is_unmerged(names: Collection[str]) -> bool:
