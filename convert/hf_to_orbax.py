@@ -5,9 +5,9 @@
     python convert/hf_to_orbax.py --verify --dst llada-8b        # checks a finished one again
     python convert/hf_to_orbax.py --src LLaDA-8B-Base --adapter my-lora --dst llada-8b-mine
 
-The result is what `dlm_jax.checkpoint.load` opens; the layout is described there. Memory is
-bounded by the largest part, not by the model (LLaDA-8B's are the embedding and the head, 1 GiB
-each in bfloat16): tensors are read a few rows at a time straight into their place, and Orbax,
+The result is what `dlm_jax.load` opens; `dlm_jax/weights/converted.py` describes the layout.
+Memory is bounded by the largest part, not by the model (LLaDA-8B's are the embedding and the head,
+1 GiB each in bfloat16): tensors are read a few rows at a time straight into their place, and Orbax,
 which copies at most once more, writes them before the next part is read.
 
 A LoRA adapter that is given, or lies beside the weights, is merged while they are read. Values that

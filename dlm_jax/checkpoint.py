@@ -2,9 +2,9 @@
 
 Four things can be opened: a directory in the Hugging Face layout, a directory that
 `convert/hf_to_orbax.py` made of one, an embedded model by name, and a checkpoint of the Hugging
-Face hub by name. Either way configuration and
-headers are checked first, and then the weights go to their devices piece by piece, so that the host
-holds little more than one piece: a tensor, or a part of a converted directory.
+Face hub by name. In each case configuration and headers are checked first, and then the weights go
+to their devices piece by piece, so that the host holds little more than one piece: a tensor, or a
+part of a converted directory.
 """
 
 from collections.abc import Mapping

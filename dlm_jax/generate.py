@@ -185,6 +185,10 @@ def check(args: argparse.Namespace) -> None:
     options.check(args)
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    if args.resume and args.history is not None:
+        raise ValueError(
+            "--history is about one whole batch, of which --resume would ask a part; leave one out."
+        )
     if args.resume and args.output is None:
         raise ValueError("--resume goes on with the answers of a file; name it with --output.")
     if args.output is not None:

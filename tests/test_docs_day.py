@@ -32,7 +32,7 @@ def write_adapter(directory: Path) -> None:
             tensors[f"{module}.lora_A.weight"] = np.ones((2, matrix.shape[1]), np.float32) / 8
             tensors[f"{module}.lora_B.weight"] = np.ones((matrix.shape[0], 2), np.float32) / 8
     safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4000, "target_modules": ["q_proj"]}
     (directory / "adapter_config.json").write_text(json.dumps(config))
 
 

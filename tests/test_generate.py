@@ -138,8 +138,8 @@ def test_masks_among_prompt_ids_are_filled(capsys, tmp_path, monkeypatch):
     results = []
     run = Engine.run
 
-    def spy(*args):
-        results.append(run(*args))
+    def spy(*args, **named):
+        results.append(run(*args, **named))
         return results[-1]
 
     monkeypatch.setattr(Engine, "run", spy)
@@ -154,7 +154,7 @@ def test_masks_among_prompt_ids_are_filled(capsys, tmp_path, monkeypatch):
     assert MASK not in first + second
     assert [line["stats"]["tokens"] for line in out] == [6, 4]
 
-    monkeypatch.setattr(Engine, "run", lambda *_: results[0])
+    monkeypatch.setattr(Engine, "run", lambda *_, **__: results[0])
     assert generate.main(argv) == 0
     assert lines(capsys.readouterr().out) == [" ".join(map(str, row)) for row in (first, second)]
 

@@ -89,7 +89,7 @@ PATHS = [
     "a@b/c",
     "a/b@c/d",
 ]
-PATHS += ["a/b@c/d", "a/b@../c", "@a/b", "https://huggingface.co/a/b", "hf://a/b", "models--a--b"]
+PATHS += ["a/b@../c", "@a/b", "https://huggingface.co/a/b", "hf://a/b", "models--a--b"]
 
 
 @pytest.mark.parametrize("text", PATHS)

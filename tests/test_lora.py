@@ -279,7 +279,7 @@ def test_the_command(ask, tmp_path, capsys):
 
 def test_the_command_refuses(ask, tmp_path, capsys):
     assert ask(tmp_path / "none") == 2
-    assert "none has no adapter_config.json" in capsys.readouterr().err
+    assert "none' is no directory; an adapter is one" in capsys.readouterr().err
     assert ask(write_adapter(tmp_path / "adapter", r=4)) == 2
     assert "with rank 4 it must be" in capsys.readouterr().err
 
@@ -406,7 +406,9 @@ def test_a_head_that_is_the_embedding_has_no_adapter(tmp_path):
 def test_files_that_are_no_adapter(base, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    for adapter in (empty, tmp_path / "nowhere", base):
+    with pytest.raises(FileNotFoundError, match="nowhere' is no directory; an adapter is one"):
+        checkpoint.load(base, adapter=tmp_path / "nowhere")
+    for adapter in (empty, base):
         with pytest.raises(FileNotFoundError, match="has no adapter_config.json; it must be"):
             checkpoint.load(base, adapter=adapter)
     adapter = write_adapter(tmp_path / "adapter")

@@ -10,7 +10,7 @@ from tiny_models import prompts, small
 from dlm_jax import cache, checkpoint, generate
 from dlm_jax.answers import NotFinite
 from dlm_jax.checkpoint import Checkpoint
-from dlm_jax.decoding import sampler
+from dlm_jax.decoding import predict, sampler
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import diffusion_generate
 from dlm_jax.engine import Engine
@@ -57,9 +57,7 @@ def test_every_measure_and_filter_lets_it_be_seen(alg, filters):
         keys = jax.random.split(jax.random.key(0), (1, 2))
         token, said = sampler.sample(logits, keys, banned=11, **numbers)
         score = sampler.ALGORITHMS[alg].score(said, token)
-        best = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        finite = jnp.isfinite(best) & ~jnp.isnan(score)
-        assert finite.tolist() == [[True, False]], kind
+        assert predict.finite(logits, token, score).tolist() == [[True, False]], kind
 
 
 @pytest.mark.parametrize("where", WHERE)

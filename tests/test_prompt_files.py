@@ -19,6 +19,7 @@ from dlm_jax.batching import fit
 from dlm_jax.batching.batches import Request, answered, in_order
 from dlm_jax.batching.responses import Responses
 from dlm_jax.cli import output, plan
+from dlm_jax.cli import run as cli_run
 from dlm_jax.cli.interrupt import interruptible
 from dlm_jax.cli.plan import Question
 from dlm_jax.cli.prompts import Prompt
@@ -80,7 +81,7 @@ def test_what_is_asked_twice_is_answered_once():
 def test_few_shapes_hold_all_prompts(lengths, rows):
     config = dataclasses.replace(models.PRESETS["bench-60m"], max_length=432)
     decode = DecodeConfig.for_model(config, gen_length=32)
-    questions = [Question(Prompt("a"), [1] * n, decode, i) for i, n in enumerate(lengths)]
+    questions = [Question(Prompt("a"), [1] * n, decode, 0) for n in lengths]
     groups: dict[int, list[int]] = {}
     for request in plan.requests(questions, config, rows):
         groups.setdefault(request.group.slots, []).append(request.size)
@@ -88,7 +89,10 @@ def test_few_shapes_hold_all_prompts(lengths, rows):
         assert max(sizes) <= slots <= min(tokenizer.slots(max(sizes)), 400)
     *shorter, _ = [groups[slots] for slots in sorted(groups)]
     assert all(len(sizes) >= rows for sizes in shorter)
-    assert len({request.key for request in plan.requests(questions, config, rows)}) == len(lengths)
+    keys = [request.key for request in plan.requests(questions, config, rows)]
+    assert len(set(keys)) == len(set(lengths))  # what is the same has the same key
+    apart = plan.requests(questions, config, rows, apart=True)
+    assert len({request.key for request in apart}) == len(lengths)
 
 
 @pytest.mark.parametrize(
@@ -241,16 +245,54 @@ def test_an_interrupted_run_goes_on_with_the_rest(run, tmp_path, monkeypatch):
     assert status == 2 and "is complete; leave --resume out" in err
 
 
-def test_other_settings_take_nothing_that_was_kept(run, tmp_path, monkeypatch):
-    file = write(tmp_path / "a.jsonl", *ASKED[:2])
+OTHERS = {
+    "nothing": [],
+    "dtype": ["--dtype=bfloat16"],
+    "end": ["--eos=id:5"],
+    "stop": ["--stop=apples"],
+    "min p": ["--min-p=0.5"],
+    "cache": ["--cache=dual"],
+    "cache arguments": ["--cache=dllm", "--cache-args=kp=3"],
+    "seed": ["--seed=1"],
+    "length": ["--gen-length=16"],
+    "chat": ["--chat"],
+    "suppressed": ["--suppress=id:7"],
+    "frequencies": ["--debias={tmp}/freq.json", "--alg=low_confidence"],
+}
+
+
+def test_what_answers_depend_on_is_in_their_keys(tmp_path, capsys):
+    """What was kept is of use to the same settings only."""
+    (tmp_path / "freq.json").write_text('{"num_token": 9, "p_baseline_dict": {"3": 4}}')
+    keys = {}
+    for name, options in OTHERS.items():
+        argv = [*SHORT, "--temperature=1", ASKED[0]]
+        argv += [option.replace("{tmp}", str(tmp_path)) for option in options]
+        answering = cli_run.prepare(generate.parse(argv), [Prompt(ASKED[0])]).__self__
+        keys[name] = answering.lines[0].request.key
+    assert len(set(keys.values())) == len(OTHERS)
+    again = cli_run.prepare(generate.parse([*SHORT, "--temperature=1"]), [Prompt(ASKED[0])])
+    assert again.__self__.lines[0].request.key == keys["nothing"]
+
+
+def test_what_other_settings_kept_is_neither_taken_nor_lost(tmp_path, monkeypatch, capsys):
     target = tmp_path / "out.txt"
-    responses = Responses(output.partial(target))
+    kept = output.partial(target)
+    responses = Responses(kept)
     responses.add("key of something else", {"text": "no", "tokens": [1], "stats": {}})
+    argv = [*SHORT, ASKED[0], "--output", str(target), "--resume"]
+    assert generate.main(argv) == 2 and "Another run" in capsys.readouterr().err
     responses.close()
-    argv = ["--prompt-file", file, "--output", str(target), "--resume"]
-    status = generate.main([*SHORT, *argv])
-    assert status == 0 and "no\n" not in target.read_text()
-    assert not output.partial(target).exists()
+
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", interrupted)
+        assert generate.main(argv) == 130
+    assert len(list(kept.iterdir())) == 1
+    assert generate.main(argv) == 0 and "no\n" not in target.read_text()
+    assert not kept.exists()
 
 
 def test_nothing_is_left_of_a_run_that_kept_nothing(run, tmp_path, monkeypatch):

@@ -171,6 +171,14 @@ def test_a_line_that_is_wrong_is_named_or_skipped(case, tmp_path):
     assert wanted in str(found[1].error)
 
 
+def test_a_line_that_is_wrong_keeps_its_id(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"id": 7, "prompt": "a", "seed": -1}\n{"id": [1], "prompt": "a"}\n{')
+    found = read("--prompt-file", str(file), "--skip-invalid")
+    assert [prompt.id for prompt in found] == [7, None, None]
+    assert [prompt.fields for prompt in found] == [{"id": 7}, {}, {}]
+
+
 def test_an_empty_prompt_is_one_and_an_empty_file_is_not(tmp_path, piped):
     assert texts("--prompt", "") == [""]
     file = tmp_path / "a.jsonl"

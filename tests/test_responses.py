@@ -239,6 +239,10 @@ def test_the_fingerprint_of_a_converted_directory_is_that_of_the_checksums(tmp_p
         converted.write_metadata(folder, {"embed/embedding": other})
     first, same, other = map(fingerprint, folders)
     assert first == same != other
+    for name in (layout.CONFIG, layout.GENERATION, "tokenizer.json", "chat_template.jinja"):
+        before = fingerprint(folders[0])
+        (folders[0] / name).write_text("{}")
+        assert fingerprint(folders[0]) != before
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ found again whatever the batches, devices and processes of the next run, and nev
 asks for something else.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dlm_jax import tokenizer
 from dlm_jax.weights import converted, lora
 from dlm_jax.weights.layout import CONFIG, GENERATION
 
@@ -61,6 +64,9 @@ class Responses:
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
             self._file.write(b"\n")
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
@@ -72,14 +78,25 @@ class Responses:
         self._known[key] = response
         if self._file is not None:
             line = json.dumps({"key": key, "response": response}, ensure_ascii=False)
-            self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._naming_the_file():
+                self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Lets another run write to the folder."""
         if self._file is not None:
-            self._file.close()
+            with self._naming_the_file():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Has an error of the operating system tell where, as it does not of an open file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or getattr(self._file, "name", None)
+            raise
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -108,23 +125,24 @@ def digest(*parts: Any) -> str:
 def fingerprint(directory: Path, adapter: str | Path | None = None) -> str:
     """What tells the model in a directory from others, without reading its weights.
 
-    Of a converted checkpoint, the checksums of all parameters; otherwise its configuration, and
-    sizes and times of change of the weight files. Likewise of an adapter that is merged into it.
+    Its configuration and tokenizer, and of a converted checkpoint the checksums of all parameters,
+    otherwise sizes and times of change of the weight files. Likewise of an adapter that is merged
+    into it.
     """
     known: list[Any] = []
-    for name in (GENERATION, lora.CONFIG):  # what ends an answer; an adapter's scale
+    for name in (CONFIG, GENERATION, lora.CONFIG, converted.METADATA, *tokenizer.FILES):
         if (directory / name).exists():
-            known.append(_text(directory / name))
+            known.append((name, _contents(directory / name)))
     if adapter is not None:
         folder = lora.find(adapter)
-        known.append((_text(folder / lora.CONFIG), _stats(folder)))
-    if converted.is_converted(directory):
-        return digest(_text(directory / converted.METADATA), *known)
-    return digest(_text(directory / CONFIG), _stats(directory), *known)
+        known.append((_contents(folder / lora.CONFIG), _stats(folder)))
+    if not converted.is_converted(directory):
+        known.append(_stats(directory))
+    return digest(*known)
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+def _contents(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stats(folder: Path) -> list[tuple[str, int, int]]:

@@ -2,10 +2,11 @@
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,46 +41,46 @@ class Answering:
       args: the options.
       model: answers them.
       lines: the prompts.
+      responses: what is known already, and where answers are kept as they come.
       totals: what was done so far.
     """
 
     args: argparse.Namespace
     model: Model
     lines: list[Line]
+    responses: Responses
     totals: output.Totals = dataclasses.field(default_factory=output.Totals)
     _rows: dict[Group, int] = dataclasses.field(default_factory=dict)
 
     def run(self) -> None:
         """Answers the prompts and writes everything that was asked for."""
         target = self.args.output
-        responses = Responses(None if target is None else output.partial(target))
         try:
-            texts = self._texts(responses)
-            if target is None:
-                for text in texts:
-                    print(text, flush=True)
-            else:
-                output.write(target, list(texts))
+            with contextlib.closing(self._texts()) as texts:
+                if target is None:
+                    for text in texts:
+                        print(text, flush=True)
+                else:
+                    output.write(target, list(texts))
         except BaseException:
-            self._tell_what_is_kept(responses)
+            self._tell_what_is_kept()
             raise
         finally:
-            responses.close()
+            self.responses.close()
         self._tell_the_rest()
 
-    def _texts(self, responses: Responses) -> Iterator[str]:
+    def _texts(self) -> Generator[str]:
         """What is written for each prompt, in their order, as soon as it is known."""
-        left = collections.deque(self.lines)
+        left, responses = collections.deque(self.lines), self.responses
 
         def known() -> Iterator[str]:
             while left and (left[0].request is None or left[0].request.key in responses):
                 line = left.popleft()
-                text = self._text(line, responses)
+                text = self._text(line)
                 if text is not None:
                     yield text
 
-        waiting = [line.request for line in self.lines if line.request is not None]
-        waiting = [request for request in waiting if request.key not in responses]
+        waiting = [request for request in self._requests if request.key not in responses]
         if self._echoes and len(self.lines) == 1 and waiting:
             self._echo(self.lines[0].prompt)  # something to read while the program compiles
         yield from known()
@@ -90,19 +91,25 @@ class Answering:
             for _ in batches:
                 yield from known()
             return
-        with Bar(self.model.console, len(self.lines)) as bar:
-            self.model.phase = bar.phase
-            bar.advance(len(self.lines) - len(waiting))
+        with Bar(self.model.console, len(self._requests)) as bar:
+            self.model.shows = bar
+            bar.advance(len(self._requests) - len(waiting))
             for batch in batches:
                 bar.advance(len(batch), self.totals)
                 yield from known()
 
-    def _text(self, line: Line, responses: Responses) -> str | None:
+    @property
+    def _requests(self) -> list[Request]:
+        """What is asked; of several that are the same, one."""
+        requests = (line.request for line in self.lines if line.request is not None)
+        return list({request.key: request for request in requests}.values())
+
+    def _text(self, line: Line) -> str | None:
         """What is written for a prompt whose answer is known; None writes nothing."""
         if line.request is None:
             error = {"error": line.prompt.error}
             return output.line(line.prompt.fields, error) if self.args.as_json else None
-        found = responses[line.request.key]
+        found = self.responses[line.request.key]
         if self.args.as_json:
             question: Question = line.request.work
             seed = {"seed": question.seed} if self.model.draws else {}
@@ -169,28 +176,26 @@ class Answering:
     def _echo(self, prompt: Prompt) -> None:
         self.model.note(textwrap.shorten(prompt.title, 500, placeholder=" ..."), style="bold")
 
-    def _tell_what_is_kept(self, responses: Responses) -> None:
+    def _tell_what_is_kept(self) -> None:
         """Of a run that does not come to its end."""
-        self.model.console.show_cursor(True)
+        self.model.shows.stop()
         if self.args.output is None:
             return
         kept = output.partial(self.args.output)
-        keys = [line.request.key for line in self.lines if line.request is not None]
-        count = sum(key in responses for key in keys)
+        count = sum(request.key in self.responses for request in self._requests)
         if count:
             self.model.note(
-                f"{count} of {len(keys)} answers are kept in {kept}; the same command with "
-                "--resume goes on."
+                f"{count} of {len(self._requests)} answers are kept in {kept}; the same command "
+                "with --resume goes on."
             )
-        else:
+        elif not len(self.responses):
             shutil.rmtree(kept, ignore_errors=True)
 
     def _tell_the_rest(self) -> None:
         """Statistics, and what was left out."""
         note = self.model.note
         if self.totals.results:
-            requests = [line.request for line in self.lines if line.request is not None]
-            plans = {steps(request.group.decode) for request in requests}
+            plans = {steps(request.group.decode) for request in self._requests}
             note(self.totals.sentence(plans.pop() if len(plans) == 1 else None), style="dim")
         wrong = [line.prompt for line in self.lines if line.request is None]
         if wrong:

@@ -33,8 +33,8 @@ def interruptible(work: Callable[..., T], *args: Any, **named: Any) -> T:
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except KeyboardInterrupt:
         atexit.register(_leave)

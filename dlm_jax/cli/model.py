@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 
 import numpy as np
 from rich.console import Console
@@ -12,10 +10,9 @@ from dlm_jax.answers import Result
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli.output import Totals
+from dlm_jax.cli.progress import Bar, Spinner
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.engine import Engine
-
-Phase = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclasses.dataclass
@@ -29,7 +26,7 @@ class Model:
       decode: the decoding of prompts that do not ask for another length.
       method: the cache method.
       token_freq: see `diffusion_generate`.
-      phase: shows a phase of the work.
+      shows: tells the phases of the work.
     """
 
     args: argparse.Namespace
@@ -38,7 +35,7 @@ class Model:
     decode: DecodeConfig
     method: CacheMethod
     token_freq: np.ndarray | None
-    phase: Phase
+    shows: Spinner | Bar
     _engines: dict[DecodeConfig, Engine] = dataclasses.field(default_factory=dict)
 
     @property
@@ -56,7 +53,7 @@ class Model:
                 self.method,
                 token_freq=self.token_freq,
                 history=self.args.history is not None,
-                progress=lambda name: self.phase(name),
+                progress=lambda name: self.shows.phase(name),
             )
         return self._engines[decode]
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from dlm_jax import compilation, files
 from dlm_jax.answers import NotFinite
-from dlm_jax.cli import streams
+from dlm_jax.cli import interrupt, streams
 
 MODEL = "llada-tiny-math"
 """The embedded model that is used without --model."""
@@ -237,7 +237,7 @@ def _command(program: str, prepare: Callable[[], Callable[[], None]], memory: st
         work()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130
+        return interrupt.STATUS
     except BrokenPipeError:  # nobody reads on
         streams.give_up(sys.stdout)
         return 141

@@ -1,14 +1,16 @@
 """What becomes of answers: text or JSON lines, on standard output or in a file, in order."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dlm_jax import files
 from dlm_jax.answers import Answer, Result
+from dlm_jax.batching.responses import Responses
 
 Response = dict[str, Any]
 """What is known of an answer, as JSON can hold it: `text`, `tokens`, `stats`."""
@@ -134,6 +136,25 @@ def check(target: Path, *, resume: bool) -> None:
         )
     if resume and target.exists() and not kept.exists():
         raise ValueError(f"{target} is complete; leave --resume out to make it anew.")
+
+
+@contextlib.contextmanager
+def keeping(target: Path | None) -> Iterator[Responses]:
+    """Where responses are kept: beside the file that they are for, or in memory only.
+
+    If the context ends with an error, nothing is left of a folder that holds no response.
+
+    Raises:
+      ValueError, OSError: another run writes there, or something else is there.
+    """
+    responses = Responses(None if target is None else partial(target))
+    try:
+        yield responses
+    except BaseException:
+        responses.close()
+        if target is not None and not len(responses):
+            shutil.rmtree(partial(target), ignore_errors=True)
+        raise
 
 
 def write(target: Path, lines: Sequence[str]) -> None:

@@ -7,8 +7,9 @@ Everything that configuration and tokenizer can refuse is refused here, before w
 
 import argparse
 import bisect
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dlm_jax import tokenizer
@@ -58,24 +59,28 @@ class Planner:
     method: CacheMethod
     as_chat: bool
 
-    def questions(self, prompts: Sequence[Prompt]) -> list[Question | Prompt]:
+    def questions(self, prompts: Sequence[Prompt], usual: DecodeConfig) -> list[Question | Prompt]:
         """A question for each prompt; a `Prompt` with an error, if that is to be skipped.
+
+        Args:
+          prompts: as they were given.
+          usual: the decoding of prompts that ask for nothing else.
 
         Raises:
           ValueError: what is wrong, in one sentence; with `args.skip_invalid` only if it concerns
             all prompts.
         """
-        # Texts with masks are filled in by request, ids wherever they hold any.
-        masks = any(self.config.mask_id in (prompt.ids or ()) for prompt in prompts)
-        usual = self.decoding(None, infill=self.args.infill)
         known = {(None, self.args.infill): usual}
 
         def question(number: int, prompt: Prompt, title: str) -> Question:
-            infill = self.args.infill or (masks and prompt.ids is not None)
+            # Texts with masks are filled in by request, ids wherever they hold any.
+            infill = self.args.infill or self.config.mask_id in (prompt.ids or ())
             how = (prompt.gen_length, infill)
             if how not in known:
-                known[how] = self.decoding(prompt.gen_length, infill=infill)
-            row = self._row(prompt, title)
+                with _naming(title, prompt.gen_length is not None):
+                    known[how] = self.decoding(prompt.gen_length, infill=infill)
+            with _naming(title, prompt.place is not None, tokenizer.TemplateError):
+                row = self._row(prompt, title)
             self._check_masks(title, row, known[how], prompt)
             check_rows([row], self.config, known[how], titles=[title])
             seed = (self.args.seed + number) % 2**32 if prompt.seed is None else prompt.seed
@@ -163,13 +168,36 @@ class Planner:
             )
 
 
+@contextlib.contextmanager
+def _naming(title: str, wanted: bool = True, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Has errors say which prompt they are about, if that is wanted."""
+    try:
+        yield
+    except kind as error:
+        if not wanted:
+            raise
+        raise ValueError(f"{title.rstrip(',')}: {error}") from error
+
+
 def requests(
-    questions: Sequence[Question], config: Config, rows: int, *identity: Any
+    questions: Sequence[Question],
+    config: Config,
+    rows: int,
+    identity: str = "",
+    *,
+    apart: bool = False,
 ) -> list[Request]:
-    """The questions as work for batches of about `rows`; `identity` is what else answers hang on.
+    """The questions as work for batches of like length.
 
     Lengths are rounded up to few different ones, so that few programs are compiled; a group that
     would not fill a batch joins the next longer one.
+
+    Args:
+      questions: prompts that the model can take.
+      config: of the model.
+      rows: of a batch.
+      identity: what answers depend on beside row, decoding and seed.
+      apart: whether each is answered even if it equals another one.
     """
     lengths: dict[DecodeConfig, list[int]] = {}
     for question in questions:
@@ -179,14 +207,14 @@ def requests(
         for decode, each in lengths.items()
     }
 
-    def request(question: Question) -> Request:
+    def request(number: int, question: Question) -> Request:
         decode, row = question.decode, question.row
         steps = rungs[decode]
         slots = steps[bisect.bisect_left(steps, len(row))]
-        key = digest(*identity, repr(decode), row, question.seed)
+        key = digest(identity, repr(decode), row, question.seed, number if apart else None)
         return Request(key, Group(decode, slots), len(row), question)
 
-    return [request(question) for question in questions]
+    return [request(number, question) for number, question in enumerate(questions)]
 
 
 def _rungs(lengths: list[int], room: int, rows: int) -> list[int]:

@@ -14,6 +14,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 
 from dlm_jax.cli.output import Totals
 
@@ -21,15 +22,31 @@ LINE_SECONDS = 10.0
 """Where no bar can be drawn, a line is written this often at most."""
 
 
-@contextlib.contextmanager
-def phase(console: Console, name: str) -> Iterator[None]:
-    """Shows what goes on while the context lasts."""
-    if console.is_terminal:
-        with console.status(f"{name} ..."):
+class Spinner:
+    """Shows a phase after the other."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows what goes on while the context lasts."""
+        if self._console.is_terminal:
+            self._status = self._console.status(f"{name} ...")
+            self._status.start()
+        else:
+            self._console.print(f"{name} ...", soft_wrap=True)
+        try:
             yield
-    else:
-        console.print(f"{name} ...", soft_wrap=True)
-        yield
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """Draws nothing more, whatever another thread is doing."""
+        status, self._status = self._status, None
+        if status is not None:
+            status.stop()
 
 
 class Bar:
@@ -59,12 +76,16 @@ class Bar:
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """As of a `Spinner`."""
         if self._bar is not None:
             self._bar.stop()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Shows what goes on while the context lasts."""
+        """As of a `Spinner`."""
         if self._bar is not None:
             self._bar.update(self._task, description=name)
         elif name != "denoising":  # which goes on all the time

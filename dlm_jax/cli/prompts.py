@@ -44,7 +44,7 @@ class Prompt:
       id: what its answer is to be told by; None leaves that to the order.
       seed: what is drawn for it; None takes the command's.
       gen_length: tokens to generate; None takes the command's.
-      error: what is wrong with it, in one sentence; it has then no text, messages or ids.
+      error: what is wrong with it, in one sentence; None if nothing is.
     """
 
     text: str | None = None
@@ -89,7 +89,7 @@ def read(args: argparse.Namespace) -> list[Prompt]:
         return [_checked(Prompt(ids=tuple(row))) for row in _id_lists(args.prompt_ids)]
     found: list[Prompt] = []
     for text in (*args.words, *args.prompt):
-        found += _file("-", args) if text == "-" else [_checked(Prompt(text), "The prompt")]
+        found += _file("-", args) if text == "-" else [_checked(Prompt(text))]
     for file in args.prompt_file:
         found += _file(file, args)
     return found or [Prompt(QUESTION)]
@@ -102,7 +102,7 @@ def _file(file: str, args: argparse.Namespace) -> list[Prompt]:
     if kind == "text":
         if not text.strip():
             raise ValueError(f"{name} is empty; a prompt must hold some text.")
-        return [_checked(Prompt(text.removesuffix("\n"), place=None), name)]
+        return [_checked(Prompt(text.removesuffix("\n")), name)]
     if kind == "json":
         items = _json(name, text)
         items = items if isinstance(items, list) else [items]
@@ -123,7 +123,7 @@ def _file(file: str, args: argparse.Namespace) -> list[Prompt]:
         except ValueError as error:
             if not args.skip_invalid:
                 raise
-            found.append(Prompt(place=place, error=str(error)))
+            found.append(Prompt(place=place, id=_id_of(value), error=str(error)))
     return found
 
 
@@ -166,6 +166,16 @@ def _prompt(place: str, value: Callable[[], Any]) -> Prompt:
         gen_length=_whole(place, item, "gen_length", least=1, below=2**31),
     )
     return _checked(prompt, place)
+
+
+def _id_of(value: Callable[[], Any]) -> str | int | None:
+    """The id of a prompt that is wrong, if that is not what is wrong."""
+    try:
+        item = value()
+    except (ValueError, RecursionError):
+        return None
+    name = item.get("id") if isinstance(item, dict) else None
+    return name if type(name) in (str, int) else None
 
 
 def _messages(place: str, value: Any) -> tuple[Message, ...]:

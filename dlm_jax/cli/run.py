@@ -16,7 +16,7 @@ import dlm_jax
 from dlm_jax import cache, checkpoint, tokenizer
 from dlm_jax.batching import fit
 from dlm_jax.batching.responses import digest, fingerprint
-from dlm_jax.cli import chat, choices, plan, progress, streams
+from dlm_jax.cli import chat, choices, output, plan, progress, streams
 from dlm_jax.cli.answering import Answering, Line
 from dlm_jax.cli.model import Model
 from dlm_jax.cli.plan import Planner, Question
@@ -37,7 +37,7 @@ def prepare(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Callable[[],
     if args.live and not console.is_terminal:
         raise ValueError("--live draws on standard error, which must be a terminal for it.")
     directory = checkpoint.find(args.model)  # which may draw the progress of a download
-    with progress.phase(console, f"loading {args.model}"):
+    with progress.Spinner(console).phase(f"loading {args.model}"):
         return _prepare(args, console, directory, prompts)
 
 
@@ -55,27 +55,28 @@ def _prepare(
             tokenizer.conversation(tok, hello, add_generation_prompt=True)
     method = cache.make(args.cache, **args.cache_args)
     planner = Planner(args, tok, config, method, as_chat)
-    questions = planner.questions(prompts)
     decode = planner.decoding(None, infill=args.infill)
+    questions = planner.questions(prompts, decode)
     token_freq = choices.token_freq(args, config, decode)
 
     asked = [question for question in questions if isinstance(question, Question)]
-    rows = len(asked) if args.history is not None else args.batch_size or fit.CPU
+    one_batch = args.history is not None
+    rows = len(asked) if one_batch else args.batch_size or fit.CPU
     identity = digest(
         dlm_jax.__version__,
         fingerprint(directory, args.adapter),
         [args.dtype, repr(method), args.stop],
         None if token_freq is None else token_freq.tolist(),
     )
-    requests = plan.requests(asked, config, max(rows, 1), identity)
-    if args.history is not None:
+    requests = plan.requests(asked, config, max(rows, 1), identity, apart=one_batch)
+    if one_batch:
         _check_history(args, [request.group for request in requests])
 
-    opened = None
-    if asked or args.interactive:
-        opened = checkpoint.load(directory, dtype=args.dtype, adapter=args.adapter)
-    phase = functools.partial(progress.phase, console)
-    model = Model(args, console, opened, decode, method, token_freq, phase)
+    with output.keeping(args.output) as responses:
+        opened = None
+        if asked or args.interactive:
+            opened = checkpoint.load(directory, dtype=args.dtype, adapter=args.adapter)
+    model = Model(args, console, opened, decode, method, token_freq, progress.Spinner(console))
     if args.interactive:
         return functools.partial(chat.hold, model, as_chat=as_chat)
     work = iter(requests)
@@ -85,7 +86,7 @@ def _prepare(
         else Line(question, None)
         for question in questions
     ]
-    return Answering(args, model, lines).run
+    return Answering(args, model, lines, responses).run
 
 
 def _use_chat(args: argparse.Namespace, tok: Any) -> bool:
@@ -108,6 +109,6 @@ def _check_history(args: argparse.Namespace, groups: Sequence[plan.Group]) -> No
     small = args.batch_size is not None and args.batch_size < len(groups)
     if small or len(set(groups)) > 1:
         raise ValueError(
-            "--history is about one batch; take prompts of one gen_length, and leave --batch-size "
-            "out."
+            "--history is about one batch; take prompts of one gen_length, all with masks to fill "
+            "or none, and leave --batch-size out."
         )

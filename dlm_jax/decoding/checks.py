@@ -50,7 +50,7 @@ def check_model(decode: "DecodeConfig", config: Config) -> None:
             )
     never = {*decode.suppress, *(id for part in decode.unused for id in range(*part))}
     if len(never - {config.mask_id}) >= config.vocab_size - 1:
-        raise ValueError("suppress has every token; leave some that can be predicted.")
+        raise ValueError("suppress and unused have every token; leave some that can be predicted.")
 
 
 def _check_numbers(decode: "DecodeConfig") -> None:
@@ -66,7 +66,7 @@ def _check_numbers(decode: "DecodeConfig") -> None:
         isinstance(token, Integral) for token in decode.suppress
     ):
         raise ValueError(f"suppress is {decode.suppress!r}; it must be a tuple of token ids.")
-    if not all(
+    if not isinstance(decode.unused, tuple) or not all(
         isinstance(part, tuple) and len(part) == 2 and all(isinstance(id, Integral) for id in part)
         for part in decode.unused
     ):

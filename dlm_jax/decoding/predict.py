@@ -136,16 +136,25 @@ def _sample(
         min_p=decode.min_p,
     )
     score_BW = measure.score(said, token_BW)
-    # A NaN is the largest of all and thus the candidate, or else, where it may not be one, in the
-    # normalisation of every measure.
-    best_BW = jnp.take_along_axis(logits_BWV, token_BW[..., None], axis=-1)[..., 0]
-    finite_BW = jnp.isfinite(best_BW) & ~jnp.isnan(score_BW)
+    finite_BW = finite(logits_BWV, token_BW, score_BW)
     confidence_BW = measure.report(score_BW)
     if setup.debias is not None:
         score_BW = confidence_BW = setup.debias.calibrate(confidence_BW, token_BW)
     read = jax.vmap(functools.partial(setup.strategy.read, measure))
     kept = read(said, queries.gather(rows.tokens_BL, slot_BW))
     return Predictions(token_BW, score_BW, confidence_BW, finite_BW, kept)
+
+
+def finite(
+    logits: Float[Array, "*B W V"], token: Int[Array, "*B W"], score: Float[Array, "*B W"]
+) -> Bool[Array, "*B W"]:
+    """Whether logits were numbers, seen from the candidate and its score.
+
+    A NaN is the largest of all and thus the candidate, or else, where it may not be one, in the
+    normalisation of every measure.
+    """
+    best = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    return jnp.isfinite(best) & ~jnp.isnan(score)
 
 
 def _adjust(

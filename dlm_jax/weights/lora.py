@@ -59,7 +59,7 @@ def find(path_or_name: str | Path) -> Path:
 
     Raises:
       FileNotFoundError: there is none.
-      OSError, ValueError: as `find`.
+      OSError, ValueError: the hub was asked, and it cannot be had; see `hub.locate`.
     """
     directory = hub.locate(path_or_name, kind=hub.ADAPTER)
     if directory is None:
@@ -253,7 +253,8 @@ class _Adapter:
                 f"{self.path}: layers_to_transform is {given!r}; it must be numbers of layers."
             )
         names = self._texts("layers_pattern") if self.raw.get("layers_pattern") else [r"[^.]+"]
-        found = re.search(rf"(?:^|\.)(?:{'|'.join(names)})\.(\d+)\.", module)
+        pattern = rf"(?:^|\.)(?:{'|'.join(names)})\.(\d+)\."
+        found = self._compile(pattern, "layers_pattern").search(module)
         return found is not None and int(found[1]) in wanted
 
     def _at(self, module: str, pattern_setting: str, setting: str, otherwise: int) -> Any:
