@@ -70,8 +70,8 @@ class NotFinite(ArithmeticError):
     def __init__(self, where: str) -> None:
         super().__init__(
             f"The model's numbers are not finite {where}: its weights hold NaN or infinity, or "
-            "overflow in their dtype, as float16 does above 65504; mend the weights, or take "
-            "bfloat16 or float32."
+            "overflow in their dtype, as float16 does above 65504; mend the weights, or take a "
+            "dtype of a wider range."
         )
 
 

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         PROGRAM,
         functools.partial(_prepare, args),
         memory="lower --batch-size, or take shorter prompts",
+        prints=args.output is None,
     )
 
 
@@ -124,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--output",
-        type=Path,
+        type=options.file,
         metavar="FILE",
         help="write the answers there and not to standard output; FILE.jsonl as with --json",
     )
@@ -148,7 +149,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add(
         "--history",
-        type=Path,
+        type=options.file,
         metavar="FILE",
         help="write the canvas after every step as JSON",
     )
@@ -191,6 +192,14 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.resume and args.output is None:
         raise ValueError("--resume goes on with the answers of a file; name it with --output.")
+    read = {
+        Path(file).resolve() for file in (*args.prompt_file, args.prompt_ids, args.debias) if file
+    }
+    for option, target in (("--output", args.output), ("--history", args.history)):
+        if target is not None and target.resolve() in read:
+            raise ValueError(f"{target} is read by this command; {option} must be another file.")
+    if args.output is not None and args.output == args.history:
+        raise ValueError(f"{args.output} cannot be both --output and --history; name two files.")
     if args.output is not None:
         output.check(args.output, resume=args.resume)
         args.as_json = args.as_json or args.output.suffix in (".json", ".jsonl", ".ndjson")

@@ -84,6 +84,9 @@ def open_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer | None:
     except Exception as error:  # whatever the parsers raise on a damaged file
         raise ValueError(f"The tokenizer in {directory} cannot be read: {error}") from error
     tokenizer.name_or_path = str(directory)
+    template = tokenizer.chat_template
+    if template is not None and not isinstance(template, str | dict):
+        raise ValueError(f"The chat template in {directory} is {template!r}; it must be a text.")
     return tokenizer
 
 

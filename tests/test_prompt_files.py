@@ -131,7 +131,7 @@ def test_a_file_is_answered_in_batches_in_its_order(run, tmp_path):
     status, found, err = run("--prompt-file", file, "--batch-size=2")
     assert status == 0 and [line["id"] for line in found] == list(range(6))
     assert [len(line["tokens"]) for line in found] == [8, 16, 8, 8, 8, 8]
-    assert "6 answers in " in err
+    assert "6 prompts in " in err
     for i in (0, 3):  # the same as alone
         (alone,) = run(lines[i]["prompt"])[1]
         assert alone["tokens"] == found[i]["tokens"] and alone["text"] == found[i]["text"]
@@ -310,6 +310,12 @@ def test_nothing_is_left_of_a_run_that_kept_nothing(run, tmp_path, monkeypatch):
     "argv, wanted",
     [
         (["--resume"], "name it with --output"),
+        (["--output="], "must name a file"),
+        (["--prompt-file", "{tmp}/a.jsonl", "--output", "{tmp}/../{name}/a.jsonl"], "is read by"),
+        (["--prompt-file", "{tmp}/a.jsonl", "--history", "{tmp}/a.jsonl"], "is read by"),
+        (["--output", "{tmp}/b", "--history", "{tmp}/b"], "name two files"),
+        (["--output", "{tmp}/c", "--resume"], "holds something else; move that away"),
+        (["--output", "{tmp}/d"], "holds something else; move that away"),
         (["--batch-size=0"], "--batch-size is 0"),
         (["--output", "{tmp}/no/file"], "cannot be written"),
         (["--output", "{tmp}"], "no regular file"),
@@ -318,9 +324,20 @@ def test_nothing_is_left_of_a_run_that_kept_nothing(run, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_kept_is_refused(argv, wanted, tmp_path, capsys):
-    assert generate.main([text.replace("{tmp}", str(tmp_path)) for text in argv]) == 2
+    write(tmp_path / "a.jsonl", "Hi")
+    (tmp_path / "c.partial").mkdir()
+    for name in ("c.partial/mine", "d.partial"):
+        (tmp_path / name).write_text("mine")
+    names = {"{tmp}": str(tmp_path), "{name}": tmp_path.name}
+    for name, value in names.items():
+        argv = [text.replace(name, value) for text in argv]
+    try:
+        assert generate.main(argv) == 2
+    except SystemExit as exit_:  # the parser's way
+        assert exit_.code == 2
     assert wanted in capsys.readouterr().err
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "c.partial", "d.partial"]
+    assert (tmp_path / "c.partial" / "mine").read_text() == "mine"
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

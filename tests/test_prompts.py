@@ -68,13 +68,15 @@ LISTS = {
     "lines of objects": ('{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
     "one object": ('{"prompt": "a"}', ["a"]),
     "an object with the prompt last": ('{"id": 1, "prompt": "a"}\n', ["a"]),
+    "lines of ids": ("[1, 2]\n[3]", [None, None]),
     "lines of strings": ('"a"\n"b"', ["a", "b"]),
     "an indented object": ('{\n  "prompt": "a"\n}', ["a"]),
     "a list of strings": ('["a",\n "b"]', ["a", "b"]),
     "a list of objects": ('[{"prompt": "a"}, "b"]', ["a", "b"]),
     "a list of ids": ("[[1, 2], [3]]", [None, None]),
 }
-TEXTS = ['{"a": 1}', "{ let x; }", "[1, 2]", "[]", '"quoted"', "[MASK] b", '{"prompt"', "[a]"]
+TEXTS = ["{ let x; }", '"quoted"', "[MASK] b", '{"prompt"', "[a]", "5", "5\n6", "true", "a\n[1]"]
+NEITHER = ['{"a": 1}', "[1, 2]", "[]", '{"question": "a"}\n{"question": "b"}', '{\n"a": 1\n}']
 
 
 @pytest.mark.parametrize("case", LISTS)
@@ -94,6 +96,15 @@ def test_a_list_is_known_by_its_content(case, mark, tmp_path, piped):
 def test_what_only_looks_like_a_list_is_a_text(content, piped):
     piped(content.encode())
     assert texts("-") == [content]
+
+
+@pytest.mark.parametrize("content", NEITHER)
+def test_json_of_no_prompts_is_asked_about(content, piped):
+    piped(content.encode())
+    with pytest.raises(ValueError, match="Standard input is JSON, but none of prompts"):
+        read("-")
+    piped(content.encode())
+    assert texts("-", "--prompt-format", "text") == [content]
 
 
 def test_formats_by_name_and_by_option(tmp_path):
@@ -154,7 +165,7 @@ WRONG = {
     "a true seed": ('{"prompt": "a", "seed": true}', 'True as "seed"'),
     "length": ('{"prompt": "a", "gen_length": 0}', '0 as "gen_length"'),
     "id": ('{"prompt": "a", "id": [1]}', '[1] as "id"'),
-    "deep": ("[" * 100_000, "is not JSON"),
+    "deep": ("[" * 100_000, "is nested too deeply"),
 }
 
 

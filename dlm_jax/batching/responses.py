@@ -50,7 +50,7 @@ class Responses:
         weakref.finalize(self, self._file.close)  # whoever forgets `close` lets go all the same
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for found in sorted(folder.glob("responses-*.jsonl")):
+            for found in self.files(folder):
                 self._known |= _read(found)
         except (BlockingIOError, ValueError) as error:
             self._file.close()
@@ -63,6 +63,11 @@ class Responses:
         # The process may have been killed within a line; that line is lost, the next is not.
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
             self._file.write(b"\n")
+
+    @staticmethod
+    def files(folder: Path) -> list[Path]:
+        """The files with responses in a folder."""
+        return sorted(folder.glob("responses-*.jsonl"))
 
     def __len__(self) -> int:
         return len(self._known)

@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import shutil
 import textwrap
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -189,7 +188,7 @@ class Answering:
                 "with --resume goes on."
             )
         elif not len(self.responses):
-            shutil.rmtree(kept, ignore_errors=True)
+            output.forget(self.args.output)
 
     def _tell_the_rest(self) -> None:
         """Statistics, and what was left out."""

@@ -42,6 +42,15 @@ class Parser(argparse.ArgumentParser):
             streams.tell(message.rstrip("\n"))
         sys.exit(status if streams.flushed(self.prog) else 1)
 
+    def print_help(self, file: Any = None) -> None:
+        try:  # argparse would swallow what goes wrong
+            print(self.format_help(), end="", file=file or sys.stdout, flush=True)
+        except BrokenPipeError:
+            streams.give_up(sys.stdout)
+        except OSError as error:
+            streams.tell_failure(self.prog, error)
+            sys.exit(1)
+
     def format_help(self) -> str:
         """Reads the names that an option can have only now, since importing them takes time."""
         for action in self._actions:
@@ -212,7 +221,13 @@ def check_picture(path: Path, option: str) -> None:
     files.check_target(path, option)
 
 
-def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: str) -> int:
+def command(
+    program: str,
+    prepare: Callable[[], Callable[[], None]],
+    *,
+    memory: str,
+    prints: bool = True,
+) -> int:
     """Runs a command; returns its exit status.
 
     Args:
@@ -220,15 +235,19 @@ def command(program: str, prepare: Callable[[], Callable[[], None]], *, memory: 
       prepare: checks what was asked for, and returns the long work. What it raises is told in one
         sentence, with status 2, or 1 if it is about the standard streams.
       memory: what to do if the memory does not suffice.
+      prints: whether it needs standard output.
     """
     with streams.ready():
-        return _command(program, prepare, memory)
+        return _command(program, prepare, memory, prints)
 
 
-def _command(program: str, prepare: Callable[[], Callable[[], None]], memory: str) -> int:
+def _command(
+    program: str, prepare: Callable[[], Callable[[], None]], memory: str, prints: bool
+) -> int:
     try:
         try:
-            streams.check_output()
+            if prints:
+                streams.check_output()
             work = prepare()
         except streams.StreamError:
             raise
@@ -304,6 +323,13 @@ def number(text: str) -> float:
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
+
+
+def file(text: str) -> Path:
+    """The name of a file."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; it must name a file")
+    return Path(text).expanduser()
 
 
 def pairs(text: str, comma: str = ",") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +101,7 @@ class Totals:
     def sentence(self, steps: int | None) -> str:
         """The statistics; `steps` as in `response`."""
         planned = "" if steps is None else f"{steps} denoising steps, "
-        batches = "" if self.results == 1 else f"{self.rows} answers in {self.results} batches, "
+        batches = "" if self.results == 1 else f"{self.rows} prompts in {self.results} batches, "
         return (
             f"{batches}{self.tokens} tokens in {self.seconds:.2f} s "
             f"({self.tokens_per_second:.1f} tokens/s), compiled in {self.compile_seconds:.1f} s; "
@@ -129,13 +128,31 @@ def check(target: Path, *, resume: bool) -> None:
     """
     files.check_target(target, "--output")
     kept = partial(target)
-    files.check_folder(kept, "--output")
+    if kept.is_symlink() or (kept.exists() and not _is_ours(kept)):
+        raise ValueError(
+            f"{kept} is where answers for --output are kept until it is complete, but holds "
+            "something else; move that away."
+        )
     if kept.exists() and not resume:
         raise ValueError(
             f"{kept} holds the answers of an interrupted run; go on with --resume, or delete it."
         )
     if resume and target.exists() and not kept.exists():
         raise ValueError(f"{target} is complete; leave --resume out to make it anew.")
+
+
+def _is_ours(kept: Path) -> bool:
+    """Whether there is a folder with nothing in it but kept answers."""
+    return kept.is_dir() and all(path in Responses.files(kept) for path in kept.iterdir())
+
+
+def forget(target: Path) -> None:
+    """Deletes what was kept for a file."""
+    kept = partial(target)
+    for path in Responses.files(kept):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody put something else there
+        kept.rmdir()
 
 
 @contextlib.contextmanager
@@ -153,14 +170,14 @@ def keeping(target: Path | None) -> Iterator[Responses]:
     except BaseException:
         responses.close()
         if target is not None and not len(responses):
-            shutil.rmtree(partial(target), ignore_errors=True)
+            forget(target)
         raise
 
 
 def write(target: Path, lines: Sequence[str]) -> None:
     """Writes the file in one step; what was kept for it is then needed no more."""
     files.write(target, "".join(text + "\n" for text in lines).encode("utf-8", "backslashreplace"))
-    shutil.rmtree(partial(target), ignore_errors=True)
+    forget(target)
 
 
 def history(path: Path, result: Result, mask_id: int) -> None:

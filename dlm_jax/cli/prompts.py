@@ -98,7 +98,7 @@ def read(args: argparse.Namespace) -> list[Prompt]:
 def _file(file: str, args: argparse.Namespace) -> list[Prompt]:
     """The prompts in a file, or in standard input for `-`."""
     name, text = "Standard input" if file == "-" else file, read_text(file)
-    kind = args.prompt_format or _SUFFIXES.get(Path(file).suffix) or _guess(text)
+    kind = args.prompt_format or _SUFFIXES.get(Path(file).suffix) or _guess(name, text)
     if kind == "text":
         if not text.strip():
             raise ValueError(f"{name} is empty; a prompt must hold some text.")
@@ -133,8 +133,10 @@ def _prompt(place: str, value: Callable[[], Any]) -> Prompt:
         item = value()
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not JSON: {error.msg} at column {error.colno}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply to be read.") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"{place} cannot be read as JSON: {error}.") from error
     if isinstance(item, str):
         item = {"prompt": item}
     elif isinstance(item, list):
@@ -220,20 +222,29 @@ def _checked(prompt: Prompt, name: str = "The prompt") -> Prompt:
     return prompt
 
 
-def _guess(text: str) -> str:
-    """The format that the content shows; a text that merely looks like JSON remains a text."""
-    if _OBJECT.match(text):
-        first = text.lstrip().split("\n", 1)[0]
-        return "json" if _is_json(text) and not _is_json(first) else "jsonl"
-    if text.lstrip().startswith("["):
-        value = _try_json(text)
-        if isinstance(value, list) and value and all(map(_is_item, value)):
-            return "json"
+def _guess(name: str, text: str) -> str:
+    """The format that the content shows.
+
+    Raises:
+      ValueError: it is JSON, but no prompts, so that nobody knows what is meant.
+    """
     lines = [line for line in text.split("\n") if line.strip()]
-    if lines and _is_object(_try_json(lines[0])):
+    if _OBJECT.match(text):
+        return "json" if _is_json(text) and not _is_json(lines[0]) else "jsonl"
+    whole = _try_json(text)
+    if isinstance(whole, list) and whole and all(map(_is_item, whole)):
+        return "json"
+    values = [_try_json(line) for line in lines]
+    if any(map(_is_object, values)) and isinstance(values[0], dict | list | str):
         return "jsonl"
-    if len(lines) > 1 and all(isinstance(_try_json(line), str) for line in lines):
+    if len(lines) > 1 and all(isinstance(value, str) or _is_item(value) for value in values):
         return "jsonl"
+    found = values if whole is None else [whole]
+    if lines and all(isinstance(value, dict | list) for value in found):
+        raise ValueError(
+            f"{name} is JSON, but none of prompts; say with --prompt-format what it is, as "
+            "--prompt-format text for one prompt."
+        )
     return "text"
 
 

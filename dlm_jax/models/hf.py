@@ -216,6 +216,14 @@ def _check_plain(setting: str, given: dict[str, Any]) -> None:
     """Refuses rotary positions that are anything but plain."""
     kinds = [given[name] for name in ("rope_type", "type") if given.get(name) is not None]
     scaled = {name: value for name, value in given.items() if name != "rope_theta"}
+    nested = next((name for name, value in scaled.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise ValueError(
+            f"{CONFIG}: {setting} has {nested}; rotary positions that differ between layers are "
+            "not implemented."
+        )
+    for name in scaled.keys() & {"partial_rotary_factor"}:
+        _expect_one(f"{setting}.{name}", given, name, _PLAIN_ROPE[name])
     if not kinds and any(value is not None for value in scaled.values()):
         raise ValueError(
             f"{CONFIG}: {setting} is {given!r}, which has no rope_type; scaled rotary positions "

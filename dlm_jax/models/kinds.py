@@ -59,6 +59,7 @@ _FOREIGN = [
         _AUTOREGRESSIVE,
     ),
 ]
+_KNOWN = [*PUBLIC, *_FOREIGN]
 _VARIANTS = {
     "expand_token_id": _Kind("", "DreamOn", "infilling of variable length"),
     "num_experts": _Kind("", "a mixture of experts, as LLaDA-MoE", "experts and their router"),
@@ -88,7 +89,10 @@ def family(raw: dict[str, Any], generation: dict[str, Any], families: Mapping[st
         for setting in ("architectures", "model_type", *_VARIANTS)
         if raw.get(setting) not in (None, [])
     )
-    kind = _variant(raw, generation) if found else _known(names, model_type, raw)
+    if found is None:
+        kind = _known([*names, *_code(raw.get("auto_map")), model_type or ""], _KNOWN)
+    else:
+        kind = _variant(raw, generation) or _known([model_type or ""], PUBLIC)
     if kind is not None:
         raise ValueError(
             f"{CONFIG}: this is {kind.name} ({says}), which needs {kind.needs}; that is not "
@@ -123,12 +127,10 @@ def _variant(raw: dict[str, Any], generation: dict[str, Any]) -> _Kind | None:
     return None
 
 
-def _known(names: Collection[str], model_type: str | None, raw: dict[str, Any]) -> _Kind | None:
-    """A model that is known but not implemented, by all the names that it gives itself."""
-    given = [*names, *_code(raw.get("auto_map")), model_type or ""]
-    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in given]
-    known = (*PUBLIC, *_FOREIGN)
-    return next((kind for kind in known for name in plain if name.startswith(kind.start)), None)
+def _known(names: Collection[str], kinds: Collection[_Kind]) -> _Kind | None:
+    """A model that is known but not implemented, by the names that it gives itself."""
+    plain = [re.sub(r"[^a-z0-9]", "", name.lower()) for name in names]
+    return next((kind for kind in kinds for name in plain if name.startswith(kind.start)), None)
 
 
 def _code(auto_map: Any) -> Iterator[str]:
