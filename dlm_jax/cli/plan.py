@@ -70,7 +70,7 @@ class Planner:
           ValueError: what is wrong, in one sentence; with `args.skip_invalid` only if it concerns
             all prompts.
         """
-        known = {(None, self.args.infill): usual}
+        known: dict[tuple[int | None, bool], DecodeConfig] = {(None, self.args.infill): usual}
 
         def question(number: int, prompt: Prompt, title: str) -> Question:
             # Texts with masks are filled in by request, ids wherever they hold any.

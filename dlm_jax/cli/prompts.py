@@ -129,6 +129,7 @@ def _file(file: str, args: argparse.Namespace) -> list[Prompt]:
 
 def _prompt(place: str, value: Callable[[], Any]) -> Prompt:
     """A prompt of a list: a text, token ids, or an object with one of `KINDS`."""
+    item: Any
     try:
         item = value()
     except json.JSONDecodeError as error:
@@ -137,10 +138,9 @@ def _prompt(place: str, value: Callable[[], Any]) -> Prompt:
         raise ValueError(f"{place} is nested too deeply to be read.") from error
     except ValueError as error:  # a number of thousands of digits
         raise ValueError(f"{place} cannot be read as JSON: {error}.") from error
-    if isinstance(item, str):
-        item = {"prompt": item}
-    elif isinstance(item, list):
-        item = {"prompt_ids": item}
+    shorts = {str: "prompt", list: "prompt_ids"}
+    if type(item) in shorts:
+        item = {shorts[type(item)]: item}
     if not isinstance(item, dict) or sum(item.get(kind) is not None for kind in KINDS) != 1:
         raise ValueError(
             f'{place} must be a string or an object with a string as "prompt", a conversation as '
