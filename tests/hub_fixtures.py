@@ -6,11 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from loopback_hub import LoopbackHub
-from places import CHECKPOINTS
-
-NAME = "owner/LLaDA-tiny"
-TINY = CHECKPOINTS / "llada-tiny"
+from loopback_hub import NAME, TINY, LoopbackHub, reach
 
 
 @pytest.fixture
@@ -35,9 +31,3 @@ def hub(cache, monkeypatch) -> Iterator[LoopbackHub]:
         hub.add(NAME, TINY)
         yield hub
     huggingface_hub.close_session()
-
-
-def reach(url: str, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

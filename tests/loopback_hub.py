@@ -16,6 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub import constants
+from places import CHECKPOINTS
+
+NAME = "owner/LLaDA-tiny"
+TINY = CHECKPOINTS / "llada-tiny"
+
 
 class Request(NamedTuple):
     """What was asked."""
@@ -201,3 +207,9 @@ def _entry(name: str, data: bytes) -> dict[str, object]:
     if _is_large(name):
         entry["lfs"] = dict(oid=_etag(name, data), size=len(data), pointerSize=134)
     return entry
+
+
+def reach(url: str, monkeypatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

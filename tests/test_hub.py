@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_fixtures import NAME, TINY, reach
 from huggingface_hub import constants
 from huggingface_hub.utils import logging as client_logging
-from loopback_hub import LoopbackHub
+from loopback_hub import NAME, TINY, LoopbackHub, reach
 from make_synthetic_checkpoint import write_checkpoint
 from places import ROOT
 from tiny_models import small_config
