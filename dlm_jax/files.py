@@ -56,7 +56,9 @@ def write(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say of which file
+        if (
+            error.errno is not None and error.filename is None
+        ):  # a full disk does not say of which file
             error.filename = str(path)
         raise
     finally:

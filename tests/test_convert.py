@@ -224,7 +224,11 @@ REFUSALS = {
         [],
         "tokenizer.json is a Git LFS pointer",
     ),
-    "no adapter": (lambda src, dst: None, ["--adapter", "/nowhere"], "has no adapter_config.json"),
+    "no adapter": (
+        lambda src, dst: None,
+        ["--adapter", "/nowhere"],
+        "is no directory; an adapter is one",
+    ),
     "missing tensor": (drop_tensor, [], "1 tensor missing, first: model.transformer.ln_f.weight."),
     "truncated": (truncate, [], "is truncated"),
     "destination exists": (occupy, [], "exists; remove it first"),

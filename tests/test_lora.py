@@ -16,7 +16,7 @@ from places import CHECKPOINTS
 from tiny_models import small_config
 
 from dlm_jax import checkpoint, generate, models
-from dlm_jax.batching.responses import fingerprint
+from dlm_jax.batching.fingerprint import fingerprint
 
 HAS_PEFT = all(importlib.util.find_spec(name) for name in ("peft", "torch"))
 Q, DOWN = "model.transformer.blocks.0.q_proj", "model.transformer.blocks.1.ff_out"

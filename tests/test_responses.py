@@ -14,7 +14,8 @@ from places import CHECKPOINTS
 
 from dlm_jax import checkpoint, distributed
 from dlm_jax.batching.batches import Request, complete
-from dlm_jax.batching.responses import Responses, digest, fingerprint
+from dlm_jax.batching.fingerprint import fingerprint
+from dlm_jax.batching.responses import Responses, digest
 from dlm_jax.weights import converted, layout
 
 

@@ -16,10 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dlm_jax import tokenizer
-from dlm_jax.weights import converted, lora
-from dlm_jax.weights.layout import CONFIG, GENERATION
-
 _START = b'{"key": "'
 
 
@@ -100,7 +96,8 @@ class Responses:
         try:
             yield
         except OSError as error:
-            error.filename = error.filename or getattr(self._file, "name", None)
+            if error.errno is not None and error.filename is None:
+                error.filename = getattr(self._file, "name", None)
             raise
 
 
@@ -125,31 +122,3 @@ def digest(*parts: Any) -> str:
     """A key: the same for the same parts, which JSON must be able to hold."""
     text = json.dumps(parts, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-
-
-def fingerprint(directory: Path, adapter: str | Path | None = None) -> str:
-    """What tells the model in a directory from others, without reading its weights.
-
-    Its configuration and tokenizer, and of a converted checkpoint the checksums of all parameters,
-    otherwise sizes and times of change of the weight files. Likewise of an adapter that is merged
-    into it.
-    """
-    known: list[Any] = []
-    for name in (CONFIG, GENERATION, lora.CONFIG, converted.METADATA, *tokenizer.FILES):
-        if (directory / name).exists():
-            known.append((name, _contents(directory / name)))
-    if adapter is not None:
-        folder = lora.find(adapter)
-        known.append((_contents(folder / lora.CONFIG), _stats(folder)))
-    if not converted.is_converted(directory):
-        known.append(_stats(directory))
-    return digest(*known)
-
-
-def _contents(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _stats(folder: Path) -> list[tuple[str, int, int]]:
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]

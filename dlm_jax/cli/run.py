@@ -15,7 +15,8 @@ from rich.console import Console
 import dlm_jax
 from dlm_jax import cache, checkpoint, tokenizer
 from dlm_jax.batching import fit
-from dlm_jax.batching.responses import digest, fingerprint
+from dlm_jax.batching.fingerprint import fingerprint
+from dlm_jax.batching.responses import digest
 from dlm_jax.cli import chat, choices, output, plan, progress, streams
 from dlm_jax.cli.answering import Answering, Line
 from dlm_jax.cli.model import Model

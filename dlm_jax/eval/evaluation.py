@@ -24,7 +24,8 @@ from lm_eval.tasks import TaskManager
 import dlm_jax
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, files, sharding, tokenizer
-from dlm_jax.batching.responses import Responses, digest, fingerprint
+from dlm_jax.batching.fingerprint import fingerprint
+from dlm_jax.batching.responses import Responses, digest
 from dlm_jax.cache import CacheMethod
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.cli import choices

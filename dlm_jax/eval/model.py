@@ -22,7 +22,8 @@ import dlm_jax
 from dlm_jax import checkpoint as checkpoint_lib
 from dlm_jax import distributed, sharding, tokenizer
 from dlm_jax.batching.batches import Request, complete
-from dlm_jax.batching.responses import Responses, digest, fingerprint
+from dlm_jax.batching.fingerprint import fingerprint
+from dlm_jax.batching.responses import Responses, digest
 from dlm_jax.checkpoint import Checkpoint
 from dlm_jax.eval import arguments, defaults
 from dlm_jax.eval.arguments import Settings
