@@ -23,7 +23,7 @@ import dlm_jax
 from dlm_jax import DecodeConfig, cache, checkpoint, compilation, files, tokenizer
 from dlm_jax.cache import CacheMethod
 from dlm_jax.cli.options import check_matplotlib
-from dlm_jax.generate import QUESTION
+from dlm_jax.cli.prompts import QUESTION
 
 _PARAMETERS: dict[str, dict[str, Any]] = {
     "dkv-greedy": dict(cache_steps=4),

@@ -401,7 +401,7 @@ def in_turns(monkeypatch):
 @pytest.mark.parametrize(
     ("family", "method", "cfg_scale"),
     [
-        pytest.param("llada", make("dllm"), 0.5, id="dllm-guided"),
+        pytest.param("llada", make("dllm"), 0.5, id="dllm-guided", marks=pytest.mark.slow),
         pytest.param("dream", make("dual"), 0.0, id="dual-dream"),
         *(
             pytest.param("llada", make(name), 0.0, id=name, marks=pytest.mark.slow)
@@ -427,7 +427,7 @@ def test_turns_change_nothing(family, method, cfg_scale, monkeypatch, request):
 @pytest.mark.parametrize("wide", ["whole", "in_turns"])
 @pytest.mark.parametrize(
     "method",
-    some(map(make, cache_lib.METHODS), {"dual", "dllm", "d2cache"}),
+    some(map(make, cache_lib.METHODS), {"dual"}),
     ids=name_of,
 )
 def test_no_cache_is_copied_inside_a_loop(method, wide, request):

@@ -168,6 +168,7 @@ def test_composes_with_jit_and_vmap(setting):
     np.testing.assert_array_equal(jax.jit(one)(stacked[0], keys[0]), separate[0])
 
 
+@pytest.mark.slow
 def test_equals_disable_jit():
     arguments = dict(decode=DecodeConfig(gen_length=2, steps=2))
     compiled = generate(small("dream"), prompts(1, 2), **arguments)
@@ -405,6 +406,7 @@ print("equal in", len(out.sharding.device_set), "parts")
 """
 
 
+@pytest.mark.slow
 def test_sharded_parameters_and_batches_give_the_same_tokens():
     flags = dict(
         XLA_FLAGS="--xla_force_host_platform_device_count=2",

@@ -111,6 +111,7 @@ def check_same(folder: Path, whole: Path) -> None:
     assert [row["scores"] for row in rows(folder)] == [row["scores"] for row in rows(whole)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(argv, whole, tmp_path, monkeypatch):
     process = start(*argv, f"--output={tmp_path}")
     file = tmp_path / "responses-0.jsonl"

@@ -66,6 +66,15 @@ def name(request) -> str:
     return request.param
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("surest", "threshold", "klass", "wino")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in strategies.STRATEGIES
+    ],
+)
 def test_every_row_is_what_it_is_alone(name):
     """With less padding, the first one with none."""
     decode = decoding(name)

@@ -144,6 +144,7 @@ def test_cut_rows_show_nothing_behind_the_result(tokenizer):
         assert (target_L | hidden_L)[first:].all() and not hidden_L[:first].any()
 
 
+@pytest.mark.slow
 def test_loss_falls(run):
     losses = entries(run[1], "loss")
     assert len(losses) == 6

@@ -70,11 +70,14 @@ class Planner:
           ValueError: what is wrong, in one sentence; with `args.skip_invalid` only if it concerns
             all prompts.
         """
+        # Texts with masks are filled in by request, ids wherever they hold any. The rows of
+        # --prompt-ids belong together: all are shown whole, or none is.
+        masks = any(self.config.mask_id in (prompt.ids or ()) for prompt in prompts)
+        whole = self.args.infill or (self.args.prompt_ids is not None and masks)
         known: dict[tuple[int | None, bool], DecodeConfig] = {(None, self.args.infill): usual}
 
         def question(number: int, prompt: Prompt, title: str) -> Question:
-            # Texts with masks are filled in by request, ids wherever they hold any.
-            infill = self.args.infill or self.config.mask_id in (prompt.ids or ())
+            infill = whole or self.config.mask_id in (prompt.ids or ())
             how = (prompt.gen_length, infill)
             if how not in known:
                 with _naming(title, prompt.gen_length is not None):
