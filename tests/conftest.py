@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from hypothesis import settings
 from places import ROOT
 from tiny_models import small
 from xla import FLAG
@@ -30,6 +31,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # What the user's programs are kept in is not for tests, here or in the processes that they start.
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+
+# The same examples in every run, so that a change is judged by what it changed. `.ci/full` draws new
+# ones, as does `--hypothesis-profile default`.
+settings.register_profile("the same", derandomize=True)
+settings.load_profile("the same")
 
 sys.path.insert(0, str(ROOT / "scripts"))
 # So that a failing comparison in them is told in as many words as one in a test.

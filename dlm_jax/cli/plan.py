@@ -234,8 +234,11 @@ def _rungs(lengths: list[int], room: int, rows: int) -> list[int]:
 
 
 def _rung(length: int) -> int:
-    """1 and 1.5 times the powers of two, from `tokenizer.BUCKET` on."""
+    """1 and 1.5 times the powers of two, from `tokenizer.BUCKET` on, in whole buckets.
+
+    Whole, since a group takes every length that its slots hold, also those above its rung.
+    """
     rung = tokenizer.BUCKET
     while rung < length:
         rung = rung * 3 // 2 if rung & (rung - 1) == 0 else rung * 4 // 3
-    return rung
+    return tokenizer.slots(rung)
