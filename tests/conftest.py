@@ -32,8 +32,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
-# The same examples in every run, so that a change is judged by what it changed. `.ci/full` draws new
-# ones, as does `--hypothesis-profile default`.
+# The same examples in every run, so that a change is judged by what it changed. `.ci/full` draws
+# new ones, as does `--hypothesis-profile default`.
 settings.register_profile("the same", derandomize=True)
 settings.load_profile("the same")
 
