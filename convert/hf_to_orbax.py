@@ -36,6 +36,7 @@ import jax
 import numpy as np
 
 from dlm_jax import checkpoint, files, models, tokenizer
+from dlm_jax.cli import options, streams
 from dlm_jax.weights import converted, layout
 from dlm_jax.weights.converted import Converted, Entry
 from dlm_jax.weights.files import check_fetched
@@ -248,8 +249,8 @@ def _progress(verb: str, total: int) -> Iterator[Callable[[int], None]]:
         if done == total or now - said > _LINE_SECONDS:
             said = now
             rate = done / 1e6 / max(now - start, 1e-9)
-            line = f"{verb}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.0f} MB/s"
-            print(line, file=sys.stderr, flush=True)
+            # Notes that cannot be written are no reason to stop.
+            streams.tell(f"{verb}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.0f} MB/s")
 
     yield advance
 
@@ -294,27 +295,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--src is required")
     if args.src is None and args.adapter is not None:
         parser.error("--adapter is merged while converting; it needs --src")
-    start = time.monotonic()
-    try:
+
+    def work() -> Callable[[], None]:
+        start = time.monotonic()
         dtype = checkpoint.as_dtype(args.dtype)
-        if args.src is None:
-            total = verify(args.dst)
-        else:
-            total = convert(
-                args.src, args.dst, dtype, verify_after=args.verify, adapter=args.adapter
-            )
-    except (ValueError, OSError) as error:
-        sentence = " ".join(str(error).split())
-        if isinstance(error, OSError) and error.strerror:
-            sentence = f"{error.filename}: {error.strerror}."
-        print(f"hf_to_orbax.py: {sentence}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("hf_to_orbax.py: interrupted; nothing was written.", file=sys.stderr)
-        return 130
-    verified = " and checksums verified" if args.verify else ""
-    print(f"{args.dst}: {total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s{verified}")
-    return 0
+        try:
+            if args.src is None:
+                total = verify(args.dst)
+            else:
+                total = convert(
+                    args.src, args.dst, dtype, verify_after=args.verify, adapter=args.adapter
+                )
+        except KeyboardInterrupt:
+            streams.tell(f"{parser.prog}: interrupted; nothing was written.")
+            raise
+        verified = " and checksums verified" if args.verify else ""
+        took = f"{args.dst}: {total / 1e9:.2f} GB in {time.monotonic() - start:.1f} s{verified}"
+        return lambda: print(took)
+
+    return options.command(parser.prog, work, memory="convert on another machine", prints=False)
 
 
 def _silence_threads() -> None:

@@ -7,6 +7,7 @@ to their devices piece by piece, so that the host holds little more than one pie
 part of a converted directory.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,7 +169,7 @@ def as_dtype(dtype: Any) -> np.dtype | None:
 def _check_tokenizer(directory: Path, config: Config, tokenizer: Any) -> None:
     """Refuses a tokenizer whose special tokens are not the model's.
 
-    What pads is never seen, and what ends a turn need not end the text, so neither has to agree.
+    What ends a turn need not end the text. What pads is never seen, so another one is only told.
     """
     ends = (config.eos_id, *config.more_eos_ids)
     for name, ids in (("mask_token_id", (config.mask_id,)), ("eos_token_id", ends)):
@@ -187,6 +188,13 @@ def _check_tokenizer(directory: Path, config: Config, tokenizer: Any) -> None:
         raise ValueError(
             f"{directory}: {CONFIG} says that mask_token_id is {config.mask_id}, but the "
             f"tokenizer's mask token is {mask}; they must be the same."
+        )
+    pad = tokenizer.pad_token_id
+    if pad not in (None, config.pad_id, *ends) and config.pad_id not in ends:
+        warnings.warn(
+            f"{directory}: {CONFIG} says that pad_token_id is {config.pad_id}, and the tokenizer's "
+            f"is {pad}; nothing attends to padding, so that answers are the same.",
+            stacklevel=3,
         )
     end = tokenizer.eos_token_id
     if end is None or end in ends:

@@ -378,6 +378,26 @@ def test_scripts_tell_of_a_missing_folder_in_one_sentence(tmp_path, capsys, scri
     assert "file" in err
 
 
+@pytest.mark.parametrize(
+    ("streams", "status", "told"),
+    [
+        (">/dev/full", 1, "Standard output cannot be written: No space left on device."),
+        ("2>/dev/full", 0, "out: 0.00 GB in "),
+        (">&-", 0, "converting: 0.00 of 0.00 GB"),
+    ],
+)
+def test_streams_that_cannot_be_used(tmp_path, streams, status, told):
+    """What was converted is there."""
+    target = tmp_path / "out"
+    words = [sys.executable, SCRIPT, "--src", CHECKPOINTS / "llada-tiny", "--dst", target]
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" "$@" {streams}', *words], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == status
+    assert told in done.stdout + done.stderr and "Traceback" not in done.stdout + done.stderr
+    assert is_converted(target)
+
+
 def test_interrupt(tmp_path, capsys, monkeypatch):
     def interrupt(self, path, dtype):
         raise KeyboardInterrupt

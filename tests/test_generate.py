@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from dlm_jax import arithmetic, cache, checkpoint, generate, tokenizer
+from dlm_jax import arithmetic, cache, checkpoint, evaluate, generate, tokenizer
 from dlm_jax.answers import Answer, Result, Snapshot
 from dlm_jax.cli import choices, live
 from dlm_jax.cli.prompts import QUESTION
@@ -412,6 +413,53 @@ def test_stop_cuts_at_the_first():
     for text, wanted in (("Hello", "H"), ("xyz", "xyz"), ("", "")):
         assert tokenizer.cut(text, ["l", "e"]) == wanted
     assert tokenizer.cut("Hello", []) == "Hello"
+
+
+def test_a_stop_text_of_special_tokens_reaches_every_answer(model, capsys, monkeypatch):
+    """In a batch, in a conversation, and where only what was filled in can end a text."""
+    letter = tokenizer.open_tokenizer(model).convert_tokens_to_ids
+
+    def answer(text: str, committed_at: list[int]) -> Answer:
+        ids = [USER if one == "|" else letter(one) for one in text]
+        return Answer(ids, committed_at, text.replace("|", ""), len(ids), 0)
+
+    def run(answer: Answer, *argv: str) -> str:
+        result = Result([answer], None, 1, 4.0, 1.0, 0.0, 1.0)
+        monkeypatch.setattr(Engine, "run", lambda *_, **__: result)
+        assert generate.main(["--model", model, GEN, *argv]) == 0
+        return capsys.readouterr().out.strip()
+
+    stop = ["--stop", "<|user|>"]
+    assert run(answer("Hi|you", [0] * 6), "x") == "Hiyou"
+    assert run(answer("Hi|you", [0] * 6), "x", *stop) == "Hi"
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello"))
+    assert run(answer("Hi|you", [0] * 6), "--interactive", *stop) == "Hi"
+    infill = ["--infill", "a<[MASK]b", *stop]
+    assert run(answer("a<|b", [-1, -1, -1, 0]), *infill) == "a<b"  # given, so it ends nothing
+    assert run(answer("a<|b", [-1, -1, 0, 0]), *infill) == "a<"
+
+
+@pytest.mark.parametrize("command", [generate.main, evaluate.main])
+def test_devices_are_asked_for_before_anything_else(command, capsys, monkeypatch):
+    def devices():
+        raise RuntimeError("there is none")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    assert command([]) == 2
+    assert "there is none" in capsys.readouterr().err
+
+
+def test_a_warning_is_a_line_of_the_command(model, capsys, monkeypatch):
+    def load(*_args, **_kwargs):
+        warnings.warn("Something is odd.", stacklevel=1)
+        raise OSError("Stop.")
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert generate.main(["--model", model, "x"]) in (1, 2)
+    err = capsys.readouterr().err
+    assert "dlm-jax-generate: Something is odd.\n" in err and "UserWarning" not in err
 
 
 def test_cache_arguments_have_types():

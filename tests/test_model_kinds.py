@@ -1,6 +1,7 @@
 """Which public checkpoints open, and how the others, and wrong settings, are refused by name."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -443,6 +444,19 @@ END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 def test_tokenizers_that_fit(model, special, named):
     add_tokenizer(model, special, **named)
     assert checkpoint.load(model).tokenizer is not None
+
+
+@pytest.mark.parametrize("config, told", [(31, True), (30, False), (38, False)])
+def test_another_padding_is_told(model, recwarn, config, told):
+    """Nothing sees it; and a model that pads with the end of a text has none of its own."""
+    raw = json.loads((model / "config.json").read_text())
+    write_config(model, raw | dict(pad_token_id=config))
+    add_tokenizer(model, {END: 38, "<pad>": 30}, eos_token=END, pad_token="<pad>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert checkpoint.load(model).tokenizer is not None
+    sentences = [str(warning.message) for warning in recwarn]
+    assert any("pad_token_id is 31, and the tokenizer's is 30" in s for s in sentences) == told
 
 
 @pytest.mark.parametrize(

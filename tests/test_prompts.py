@@ -111,7 +111,7 @@ def test_formats_by_name_and_by_option(tmp_path):
     content = '["a", "b"]\n\n["c"]\n'
     file = tmp_path / "x.json"
     file.write_text(content)
-    with pytest.raises(ValueError, match="is not JSON: Extra data"):
+    with pytest.raises(ValueError, match="is not JSON: Extra data.* --prompt-format jsonl"):
         read("--prompt-file", str(file))
     lines = texts("--prompt-file", str(file), "--prompt-format", "lines")
     assert lines == ['["a", "b"]', '["c"]']

@@ -6,12 +6,14 @@ to import.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -237,8 +239,24 @@ def command(
       memory: what to do if the memory does not suffice.
       prints: whether it needs standard output.
     """
-    with streams.ready():
+    with streams.ready(), _warnings_told(program):
         return _command(program, prepare, memory, prints)
+
+
+@contextlib.contextmanager
+def _warnings_told(program: str) -> Iterator[None]:
+    """Has warnings that are meant for users read like all else that a command tells them."""
+    show = warnings.showwarning
+
+    def tell(message: Any, category: type[Warning], *where: Any) -> None:
+        if category is UserWarning:
+            streams.tell(f"{program}: {message}")
+        else:
+            show(message, category, *where)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
 
 
 def _command(

@@ -104,7 +104,7 @@ def _file(file: str, args: argparse.Namespace) -> list[Prompt]:
             raise ValueError(f"{name} is empty; a prompt must hold some text.")
         return [_checked(Prompt(text.removesuffix("\n")), name)]
     if kind == "json":
-        items = _json(name, text)
+        items = _json(name, text, "if it holds a value on each line, give --prompt-format jsonl")
         items = items if isinstance(items, list) else [items]
         places = [f"{name}, item {number}," for number in range(1, len(items) + 1)]
         values: list[Callable[[], Any]] = [lambda item=item: item for item in items]
@@ -271,11 +271,13 @@ def _try_json(text: str) -> Any:
         return None
 
 
-def _json(name: str, text: str) -> Any:
+def _json(name: str, text: str, otherwise: str | None = None) -> Any:
+    """The value of a JSON text; errors end with what to do `otherwise`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}.") from error
+        advice = "" if otherwise is None else f"; {otherwise}"
+        raise ValueError(f"{name} is not JSON: {error}{advice}.") from error
 
 
 def _id_lists(file: str) -> list[list[int]]:
