@@ -2,7 +2,7 @@
 
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ def describe(case: Case, out: GenerateOutput, times: Times, ceilings: Ceilings) 
       ceilings: of the device.
     """
     batch, gen, nfe = len(out.tokens), case.decode.gen_length, int(out.nfe)
+    filled = int((np.asarray(out.committed_at[:, -gen:]) >= 0).sum())  # all, or what time was for
     shape_T, slots_T = np.asarray(out.shape[:nfe]), np.asarray(out.positions_computed[:nfe, 0])
     computed, asked = float(slots_T.sum()), float(out.positions_asked[:nfe].mean(axis=1).sum())
     sizes, counts = np.unique(slots_T, return_counts=True)
@@ -113,26 +114,34 @@ def describe(case: Case, out: GenerateOutput, times: Times, ceilings: Ceilings) 
         "ms_cached": 1e3 * (whole - none - full * full_s) / cached if cached else None,
         "ms_per_step": 1e3 * whole / nfe,
         "ms_outside": 1e3 * none,
-        "tokens_per_s": batch * gen / whole,
-        "positions_per_token": computed / gen,
+        "tokens_per_s": filled / whole,
+        "positions_per_token": computed * batch / filled,
         "waste": (computed - asked) / computed,
-        "gflop_per_token": sum(total_flops(case.steps[i]) for i in shape_T) / gen / 1e9,
+        "gflop_per_token": sum(total_flops(case.steps[i], batch) for i in shape_T) / filled / 1e9,
         "ceilings": ceilings._asdict(),
         "ms_full_limit": 1e3 * float(limit_T[full_T].mean()),
         "ms_cached_limit": 1e3 * float(limit_T[~full_T].mean()) if cached else None,
         "limit_s": limit_s,
-        "limit_tokens_per_s": batch * gen / limit_s,
+        "limit_tokens_per_s": filled / limit_s,
         "limit_fraction": limit_s / whole,
     }
 
 
 def compare(row: Row, baseline: Row) -> Row:
     """The row with its speed-up over the baseline, measured and predicted from FLOPs."""
-    speedup = baseline["seconds"] / row["seconds"]
+    speedup = row["tokens_per_s"] / baseline["tokens_per_s"]
     predicted = baseline["gflop_per_token"] / row["gflop_per_token"]
     return row | dict(
         speedup=speedup, predicted_speedup=predicted, measured_to_predicted=speedup / predicted
     )
+
+
+def compare_all(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows of one configuration, each compared with the first."""
+    baseline: Row = {}
+    for row in rows:
+        baseline = baseline or row
+        yield compare(row, baseline)
 
 
 def count(case: Case, batch: int, ceilings: Ceilings) -> Row:

@@ -30,6 +30,8 @@ FIRST_FORWARDS = 8
 """Of the run that warms a program up."""
 SHORT_RUNS = 3
 """Runs of one forward, and of none, in each round."""
+ALL = np.iinfo(np.int32).max
+"""As many forwards as a generation needs."""
 
 Run = Callable[..., tuple[GenerateOutput, float]]
 """A compiled generation, of at most so many forwards if told: its result and its seconds."""
@@ -70,12 +72,13 @@ def compile_ahead(inputs: Inputs, decode: DecodeConfig, method: CacheMethod) -> 
     jax.monitoring.register_event_listener(listen)
     try:
         start = time.perf_counter()
-        program = jax.jit(generate).lower(params, prompt_BP, key, np.int32(1)).compile()
+        lowered = jax.jit(generate).lower(params, prompt_BP, key, np.int32(1))
+        program = lowered.compile(compilation.options())
         seconds = time.perf_counter() - start
     finally:
         jax.monitoring.unregister_event_listener(listen)
 
-    def run(limit: int = np.iinfo(np.int32).max) -> tuple[GenerateOutput, float]:
+    def run(limit: int = ALL) -> tuple[GenerateOutput, float]:
         start = time.perf_counter()
         out = jax.block_until_ready(program(params, prompt_BP, key, np.int32(limit)))
         return out, time.perf_counter() - start
@@ -91,12 +94,16 @@ def process_peak_mib() -> float | None:
 
 
 def measure(
-    cases: Sequence[Case], inputs: Inputs, repeat: int, ceilings: Ceilings | None
+    cases: Sequence[Case],
+    inputs: Inputs,
+    repeat: int,
+    ceilings: Ceilings | None,
+    forwards: int = ALL,
 ) -> Iterator[Row]:
     """Compiles all cases of a configuration, warms them up and times them in turns.
 
     Ceilings that are not given are measured in every round, and the best are taken: on a shared
-    machine they change as much as anything else.
+    machine they change as much as anything else. Generations end after so many forwards.
     """
     batch, prompt = inputs.prompt_BP.shape
     where = f"batch {batch}, prompt {prompt}, {cases[0].decode.gen_length} tokens"
@@ -117,7 +124,7 @@ def measure(
         if ceilings is None:
             seen.append(measure_ceilings(jax.tree.leaves(inputs.params)[0].dtype))
         for (run, _), (whole, one, none) in zip(programs, times, strict=True):
-            out, seconds = run()
+            out, seconds = run(forwards)
             outs.append(jax.device_get(out))
             whole.append(seconds)
             for _ in range(SHORT_RUNS):
@@ -125,11 +132,9 @@ def measure(
                 none.append(run(0)[1])
         note(f"{where}, round {i + 1}/{repeat} done")
     best = Ceilings(*map(max, zip(*seen, strict=True)))
-    baseline: Row = {}
     for case, program, out, spent in zip(cases, programs, outs, times, strict=True):
         row = bench_report.describe(case, out, spent, best) | program.facts
-        baseline = baseline or row
-        yield bench_report.compare(row, baseline) | dict(process_peak_mib=process_peak_mib())
+        yield row | dict(process_peak_mib=process_peak_mib())
 
 
 def dry_run(cases: Sequence[Case], inputs: Inputs, ceilings: Ceilings) -> Iterator[Row]:
@@ -144,40 +149,59 @@ def dry_run(cases: Sequence[Case], inputs: Inputs, ceilings: Ceilings) -> Iterat
         yield bench_report.count(case, batch, ceilings) | program.facts
 
 
-def profile(case: Case, inputs: Inputs, directory: Path) -> None:
-    """Writes a profiler trace of one cached step, which is not the first one of its shape.
+class Traced(NamedTuple):
+    """A step of which there is a trace."""
 
-    The program of the step stands beside the trace in `step.hlo.txt`: its operations are what the
-    trace names, and it says what they were made from. The step is the one that generations repeat,
-    compiled by itself.
+    folder: Path
+    shape: int
+    """Which of the method's step shapes it has."""
+
+
+def profile(case: Case, inputs: Inputs, directory: Path) -> Iterator[Traced]:
+    """Writes profiler traces of a full forward and of a cached step, one folder each.
+
+    Neither is the first run of its program. The program stands beside the trace in `step.hlo.txt`:
+    its operations are what the trace names, and it says what they were made from. The steps are
+    those that generations make first and repeat, each compiled by itself.
     """
     model, params, prompt_BP, key = inputs
-    setup, state = start(params, model, prompt_BP, key=key, decode=case.decode, cache=case.method)
+
+    def begin() -> tuple[Setup, DecodeState]:
+        return start(params, model, prompt_BP, key=key, decode=case.decode, cache=case.method)
 
     @functools.partial(jax.jit, static_argnames="shape", donate_argnums=1)
     def one_step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
         return step(setup, state, shape)
 
-    shapes, programs = case.method.step_shapes(setup.geo), {}
-    full = int(state.shape)
-    while unfinished(setup, state):
+    setup, state = begin()
+    shapes, programs, full = case.method.step_shapes(setup.geo), {}, int(state.shape)
+
+    def run(state: DecodeState) -> DecodeState:
         shape = int(state.shape)
-        if shape in programs and (shape != full or len(shapes) == 1):
-            break
         if shape not in programs:
             programs[shape] = one_step.lower(setup, state, shapes[shape]).compile()
-        state = jax.block_until_ready(programs[shape](setup, state))
-    else:
-        note(f"{case.label} repeats no cached step here, so none was traced")
-        return
-    program = programs[shape]
-    (directory / "step.hlo.txt").write_text(program.as_text(), encoding="utf-8")
-    with jax.profiler.trace(directory):
-        jax.block_until_ready(program(setup, state))
-    note(
-        f"traced a step of {case.label}, batch {len(prompt_BP)}, {shapes[shape].capacity} "
-        f"positions a row: python scripts/trace_summary.py {directory}"
-    )
+        return jax.block_until_ready(programs[shape](setup, state))
+
+    def trace(state: DecodeState, name: str) -> Traced:
+        folder, shape = directory / name, int(state.shape)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "step.hlo.txt").write_text(programs[shape].as_text(), encoding="utf-8")
+        with jax.profiler.trace(folder):
+            run(state)
+        note(
+            f"traced a {name} step of {case.label}, batch {len(prompt_BP)}, "
+            f"{shapes[shape].capacity} positions a row: python scripts/trace_summary.py {folder}"
+        )
+        return Traced(folder, shape)
+
+    state = run(state)
+    yield trace(begin()[1], "full")
+    while len(shapes) > 1 and unfinished(setup, state):
+        if int(state.shape) in programs and int(state.shape) != full:
+            yield trace(state, "cached")
+            return
+        state = run(state)
+    note(f"{case.label} repeats no cached step here, so none was traced")
 
 
 def note(text: str) -> None:

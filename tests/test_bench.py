@@ -133,10 +133,19 @@ def test_a_row_of_the_table():
     assert row["ms_full_limit"] == pytest.approx(500) == row["ms_cached_limit"]
     assert row["limit_fraction"] == pytest.approx(1.5 / 3.2)
     assert row["limit_tokens_per_s"] == pytest.approx(2 * G / 1.5)
-    baseline = row | {"seconds": 12.8, "gflop_per_token": 3.0}
+    baseline = row | {"tokens_per_s": row["tokens_per_s"] / 4, "gflop_per_token": 3.0}
     compared = bench_report.compare(row, baseline)
     assert compared["speedup"] == 4 and compared["predicted_speedup"] == 3
     assert compared["measured_to_predicted"] == 4 / 3
+
+
+def test_a_row_of_a_generation_that_was_cut_short():
+    committed_at = np.where(np.arange(L)[None] < L - 1, -1, np.zeros((2, L), np.int32))
+    out = OUT._replace(committed_at=committed_at)
+    row = bench_report.describe(CASE, out, Times([2.0], [1.0], [0.0]), CEILINGS)
+    assert row["tokens_per_s"] == 1.0  # one token of each row
+    assert row["positions_per_token"] == 18 and row["gflop_per_token"] == 8
+    assert row["limit_tokens_per_s"] == pytest.approx(2 / 1.5)
 
 
 def test_a_row_of_one_step_shape():
@@ -239,13 +248,13 @@ def test_dry_run_of_several_lengths(tmp_path, capsys, monkeypatch):
     assert rows[1]["gflop_full"] * 1e9 == pytest.approx(2 * full)
 
 
-def test_profile_traces_one_cached_step(tmp_path, monkeypatch, capsys):
-    compiled, before, real = [], [], jax.profiler.trace
+def test_profile_traces_a_full_forward_and_a_cached_step(tmp_path, monkeypatch, capsys):
+    compiled, before, real = [], {}, jax.profiler.trace
 
     @contextlib.contextmanager
-    def trace(directory):
-        before.extend(compiled)
-        with real(directory):
+    def trace(folder):
+        before[folder.name] = list(compiled)
+        with real(folder):
             yield
 
     def spy(setup, state, shape):
@@ -257,17 +266,33 @@ def test_profile_traces_one_cached_step(tmp_path, monkeypatch, capsys):
     config = models.PRESETS["small"]
     params = random_weights.make(config, jnp.dtype("float32"), jax.random.key(0))
     inputs = bench_run.Inputs(Transformer(config), params, prompts(1, P), jax.random.key(0))
-    bench_run.profile(CASE, inputs, tmp_path)
-    assert before == compiled == [L, BLOCK]  # both shapes ran before, so the trace is of a step
-    assert list(tmp_path.rglob("*.xplane.pb"))
+    traced = list(bench_run.profile(CASE, inputs, tmp_path))
+    assert traced == [(tmp_path / "full", 1), (tmp_path / "cached", 0)]
+    # What is traced was compiled, and ran, before.
+    assert before == {"full": [L], "cached": [L, BLOCK]} and compiled == [L, BLOCK]
 
-    assert trace_summary.main([str(tmp_path), "--top", "1000"]) == 0
-    heading, *lines, total = (line.split() for line in capsys.readouterr().out.splitlines())
-    assert heading[:2] == ["ms", "share"] and total[-1] == "all"
-    parts = {line[-1]: int(line[2]) for line in lines}
-    assert sum(parts.values()) == int(total[2])
-    products = sum(count for name, count in parts.items() if name.endswith("dot_general"))
-    assert products >= config.num_layers * 7 + 1  # q, k, v, o, gate, up, down; and the head
+    for folder, _ in traced:
+        assert len(list(folder.rglob("*.xplane.pb"))) == 1
+        summary = trace_summary.read(folder)
+        assert 0 < summary.busy_ms <= summary.span_ms
+        assert trace_summary.main([str(folder), "--top", "1000"]) == 0
+        span, heading, *lines, total = capsys.readouterr().out.splitlines()
+        assert span.startswith(f"{folder}: operations ran for ") and total.split()[-1] == "all"
+        assert heading.split()[:2] == ["ms", "share"]
+        parts = {line.split()[-1]: int(line.split()[2]) for line in lines}
+        assert sum(parts.values()) == int(total.split()[2]) == len(summary.operations)
+        products = sum(count for name, count in parts.items() if name.endswith("dot_general"))
+        assert products >= config.num_layers * 7 + 1  # q, k, v, o, gate, up, down; and the head
+    assert trace_summary.main([str(tmp_path), "--by", "kernel", "--top", "1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 * 4  # both steps
+
+
+def test_a_method_of_one_step_shape_has_no_cached_step(tmp_path):
+    config = models.PRESETS["small"]
+    params = random_weights.make(config, jnp.dtype("float32"), jax.random.key(0))
+    inputs = bench_run.Inputs(Transformer(config), params, prompts(1, P), jax.random.key(0))
+    traced = bench_run.profile(CASE._replace(method=cache_lib.NoCache()), inputs, tmp_path)
+    assert [folder.name for folder, _ in traced] == ["full"]
 
 
 def test_trace_summary():
@@ -277,14 +302,38 @@ def test_trace_summary():
   ROOT fusion.2 = f32[2]{0} fusion(b), metadata={op_name="jit(one_step)/walk/blocks_1.ffn/up"}
 """
 
-    def event(operation, micros):
-        return dict(ph="X", dur=micros, name="any", args=dict(hlo_op=operation))
+    def event(operation, begin, end, name=None, tid=3):
+        place = dict(ph="X", pid=1, tid=tid, name=name or operation)
+        return place | dict(ts=1e3 * begin, dur=1e3 * (end - begin), args=dict(hlo_op=operation))
 
-    events = [event("fusion.1", 2e3), event("copy.7", 4e3), event("while.3", 9e3)]
-    events += [event("fusion.2", 3e3)]
-    events += [dict(ph="X", dur=9e9, name="host"), dict(ph="M", name="thread_name", args={})]
-    up = trace_summary.Part("walk/blocks.ffn/up", 5.0, 2)
-    assert trace_summary.parts(events, program) == [up, trace_summary.Part("copy", 4.0, 1)]
+    def name(kind, name, **place):
+        return dict(ph="M", pid=1, name=f"{kind}_name", args=dict(name=name)) | place
+
+    events = [event("fusion.1", 10, 12), event("copy.7", 11, 15), event("while.3", 9, 99)]
+    events += [event("fusion.2", 17, 20)]
+    events += [dict(ph="X", pid=1, tid=3, ts=0, dur=9e9, name="host")]
+    thread = [name("process", "/host:CPU"), name("thread", "tf_XLAEigen", tid=3)]
+    summary = trace_summary.summarize([*thread, *events], program)
+    Part = trace_summary.Part
+    assert summary.parts == [Part("walk/blocks.ffn/up", 5.0, 2), Part("copy", 4.0, 1)]
+    assert summary.kernels == [Part("fusion", 5.0, 2), Part("copy", 4.0, 1)]
+    assert (summary.span_ms, summary.busy_ms) == (10.0, 8.0)
+
+    # On a GPU, all that ran on a stream, by the names of its kernels; other lines repeat it.
+    device = [name("process", "/device:GPU:0"), name("thread", "Stream #7(Compute)", tid=5)]
+    device += [name("thread", "XLA Ops", tid=3), *events]
+    device += [event("fusion.1", 1, 3, name="gemm_fusion_dot_12", tid=5)]
+    device += [event("fusion.2", 4, 5, name="gemm_fusion_dot_7", tid=5)]
+    device += [dict(ph="X", pid=1, tid=5, ts=6e3, dur=1e3, name="MemcpyD2D")]
+    device += [dict(ph="X", pid=1, tid=5, ts=7e3, dur=4e3, name="fusion_2")]
+    summary = trace_summary.summarize(device, program)
+    assert summary.kernels == [
+        Part("fusion", 4.0, 1),
+        Part("gemm_fusion_dot", 3.0, 2),
+        Part("MemcpyD2D", 1.0, 1),
+    ]
+    assert summary.parts == [Part("walk/blocks.ffn/up", 7.0, 3), Part("MemcpyD2D", 1.0, 1)]
+    assert (summary.span_ms, summary.busy_ms) == (10.0, 8.0)
 
 
 def test_trace_summary_of_nothing(tmp_path, capsys):
