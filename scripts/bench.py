@@ -27,7 +27,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_weights
-from bench_report import COUNTED, MEASURED, Case, Row
+from bench_report import COUNTED, MEASURED, Case, Row, compare_all
 from bench_run import Inputs, dry_run, measure, note, profile
 from roofline import Ceilings, step_products
 
@@ -90,13 +90,15 @@ def open_config(preset: str) -> tuple[Config, Path | None]:
     return checkpoint.inspect(directory).config, directory
 
 
-def make_decode(gen: int, block: int, per_step: int) -> DecodeConfig:
+def make_decode(gen: int, block: int, per_step: int, shapes: int) -> DecodeConfig:
     """The even schedule for every family, so that all steps commit alike."""
     if block % per_step:
         raise ValueError(
             f"--tokens-per-step is {per_step}; it must divide --block-length, {block}."
         )
-    return DecodeConfig(gen_length=gen, block_length=block, steps=gen // per_step)
+    return DecodeConfig(
+        gen_length=gen, block_length=block, steps=gen // per_step, step_shapes=shapes
+    )
 
 
 def random_prompts(config: Config, batch: int, length: int, seed: int) -> np.ndarray:
@@ -112,8 +114,9 @@ def plan(args: argparse.Namespace, config: Config, shapes: Params) -> list[tuple
       ValueError: settings that do not fit each other.
     """
     methods, plans = make_caches(args.caches), []
+    most = args.step_shapes or DecodeConfig.for_model(config).step_shapes
     for prompt, gen in itertools.product(args.prompt_length, args.gen_length):
-        decode, cases = make_decode(gen, args.block_length, args.tokens_per_step), []
+        decode, cases = make_decode(gen, args.block_length, args.tokens_per_step, most), []
         prompt_1P = random_prompts(config, 1, prompt, args.seed)
         for label, method in methods.items():
             # Drawing an order costs next to nothing, so one baseline serves both.
@@ -138,7 +141,7 @@ def needed_bytes(
     """Of the parameters and the largest cache: less than any run takes."""
     dtype = jax.tree.leaves(shapes)[0].dtype
     caches = [
-        jax.eval_shape(functools.partial(case.method.init_cache, config, geo, dtype))
+        jax.eval_shape(functools.partial(case.method.init_cache, Transformer(config), geo, dtype))
         for prompt, cases in plans
         for case in cases
         for geo in [case.decode.geometry(prompt=prompt, shift=config.shift)]
@@ -199,11 +202,10 @@ def bench(args: argparse.Namespace, command: str) -> None:
         ]
         for batch in args.batch:
             inputs = Inputs(model, params, prompts[:batch], key)
-            done = (
-                dry_run(cases, inputs, args.ceilings or H200)
-                if args.dry_run
-                else measure(cases, inputs, args.repeat, args.ceilings)
-            )
+            if args.dry_run:
+                done = dry_run(cases, inputs, args.ceilings or H200)
+            else:
+                done = compare_all(measure(cases, inputs, args.repeat, args.ceilings))
             for row in done:
                 rows.append(row | {"prompt_length": prompt, "dtype": dtype.name} | same)
                 if args.json is not None:  # after every row: the whole may take long
@@ -213,8 +215,8 @@ def bench(args: argparse.Namespace, command: str) -> None:
         title = f"{args.preset}, {dtype.name}, on {document['device']}"
         bench_report.draw(rows, title, args.plot)
     if args.profile is not None:
-        args.profile.mkdir(parents=True, exist_ok=True)
-        profile(cases[-1], inputs, args.profile)
+        for _ in profile(cases[-1], inputs, args.profile):
+            pass  # it says itself what it has traced
 
 
 def choose_dtype(name: str | None, config: Config) -> np.dtype:
@@ -254,6 +256,9 @@ def _whole(text: str, least: int = 0) -> int:
     return int(text)
 
 
+positive = functools.partial(_whole, least=1)
+
+
 def _ceilings(text: str) -> Ceilings:
     try:
         tera = [float(part) for part in text.split(",")]
@@ -264,37 +269,43 @@ def _ceilings(text: str) -> Ceilings:
     return Ceilings(flops=1e12 * tera[0], bytes=1e12 * tera[1])
 
 
+def add_work(add: Callable[..., Any], *, prompt: int, gen: int, caches: str) -> None:
+    """Adds what `plan` reads: lengths, batches and cache methods, with these defaults."""
+    some = dict(type=positive, nargs="+")
+    add("--batch", **some, default=[1], metavar="B", help="batch sizes [1]")
+    add("--prompt-length", **some, default=[prompt], metavar="P", help=f"lengths [{prompt}]")
+    add("--gen-length", **some, default=[gen], metavar="G", help=f"tokens to generate [{gen}]")
+    add("--block-length", type=positive, default=32, metavar="N", help="tokens per block [32]")
+    add("--tokens-per-step", type=positive, default=1, metavar="N", help="tokens per step [1]")
+    add(
+        "--caches",
+        type=named_list,
+        default=caches,
+        metavar="NAME[:K=V+K=V],...",
+        help=f"cache methods with arguments of their own, or all [{caches}]",
+    )
+    add("--step-shapes", type=positive, metavar="N", help="compiled at most [as the commands do]")
+    add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts [0]")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses the arguments; ends the process with status 2 if they are wrong in themselves."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="bench.py", description=__doc__, formatter_class=layout, allow_abbrev=False
     )
-    add, positive = parser.add_argument, functools.partial(_whole, least=1)
-    some = dict(type=positive, nargs="+")
+    add = parser.add_argument
     add("--preset", default="bench-60m", help="preset, embedded model or checkpoint directory")
     add(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of the parameters [float32 for small models on a CPU, else bfloat16]",
     )
-    add("--batch", **some, default=[1], metavar="B", help="batch sizes [1]")
-    add("--prompt-length", **some, default=[128], metavar="P", help="lengths [128]")
-    add("--gen-length", **some, default=[256], metavar="G", help="tokens to generate [256]")
-    add("--block-length", type=positive, default=32, metavar="N", help="tokens per block [32]")
-    add("--tokens-per-step", type=positive, default=1, metavar="N", help="tokens per step [1]")
-    add(
-        "--caches",
-        type=named_list,
-        default="all",
-        metavar="NAME[:K=V+K=V],...",
-        help="cache methods with arguments of their own, or all [all]",
-    )
+    add_work(add, prompt=128, gen=256, caches="all")
     add("--repeat", type=positive, default=3, metavar="N", help="rounds [3]")
-    add("--seed", type=_whole, default=0, metavar="N", help="of weights and prompts [0]")
     add("--json", type=Path, metavar="FILE", help="write all numbers as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="draw speed-ups and shares of the limit")
-    add("--profile", type=Path, metavar="DIR", help="write a trace of a cached step, last cache")
+    add("--profile", type=Path, metavar="DIR", help="write traces of two steps of the last cache")
     compilation.add_option(parser.add_argument)
     add("--dry-run", action="store_true", help="compile for shapes and count; make no weights")
     add(
