@@ -3,8 +3,9 @@
     python scripts/make_synthetic_checkpoint.py --preset llada-8b-instruct --layers 2 --dst DIR
 
 In the Hugging Face layout, in shards with an index like the published checkpoints. For measuring
-the converter and for tests of sizes; the values are plausible (normal, finite), not a trained
-model. Memory stays at one tensor.
+the converter, tests of sizes, and comparisons with other implementations, which must not hang on
+ties: norms are about 1, matrices normal with a deviation of 1 / sqrt(inputs), and nothing recurs.
+Memory stays at a few million numbers.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from dlm_jax import models
 from dlm_jax.models import Config, hf
 
 _DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F32": np.dtype(np.float32)}
-_POOL = 1 << 22
-_STD = 0.02
+_PIECE = 1 << 22
+"""Numbers that are drawn at a time."""
+_SPREAD = 0.02
+"""Deviation of norms from 1, and of biases from 0."""
 
 
 def write_checkpoint(
@@ -49,19 +52,19 @@ def write_checkpoint(
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(models.config_to_hf(config), indent=2))
     shapes = models.param_shapes(config)
-    tensors = {
-        name: hf.torch_shape(path, shapes[path])
-        for path, name in models.weight_names(config).items()
-    }
+    paths = {name: path for path, name in models.weight_names(config).items()}
+    tensors = {name: hf.torch_shape(path, shapes[path]) for name, path in paths.items()}
+    norms = {name for name, path in paths.items() if path.endswith("/scale")}
     rng = np.random.default_rng(seed)
-    pool = (rng.standard_normal(_POOL, np.float32) * _STD).astype(_DTYPES[dtype])
-    shards = list(_split(tensors, pool.dtype.itemsize, shard_bytes))
+    itemsize = _DTYPES[dtype].itemsize
+    shards = list(_split(tensors, itemsize, shard_bytes))
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(directory / file, {name: tensors[name] for name in names}, dtype, pool, rng)
+        chosen = {name: tensors[name] for name in names}
+        _write_shard(directory / file, chosen, norms, dtype, rng)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(math.prod(shape) for shape in tensors.values()) * pool.dtype.itemsize
+    total = sum(math.prod(shape) for shape in tensors.values()) * itemsize
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return total
@@ -85,25 +88,25 @@ def _split(
 def _write_shard(
     path: Path,
     tensors: dict[str, tuple[int, ...]],
+    norms: set[str],
     dtype: str,
-    pool: np.ndarray,
     rng: np.random.Generator,
 ) -> None:
     header, end = {}, 0
     for name, shape in tensors.items():
-        start, end = end, end + math.prod(shape) * pool.dtype.itemsize
+        start, end = end, end + math.prod(shape) * _DTYPES[dtype].itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in tensors.values():
-            # The pool again and again, from another place for every tensor.
-            start, left = int(rng.integers(_POOL)), math.prod(shape)
-            while left > 0:
-                piece = pool[start : start + left]
-                file.write(piece.view(np.uint8).data)
-                start, left = 0, left - len(piece)
+        for name, shape in tensors.items():
+            middle = 1.0 if name in norms else 0.0
+            spread = _SPREAD if len(shape) == 1 else 1 / math.sqrt(shape[-1])
+            for start in range(0, math.prod(shape), _PIECE):
+                count = min(_PIECE, math.prod(shape) - start)
+                piece = middle + spread * rng.standard_normal(count, np.float32)
+                file.write(piece.astype(_DTYPES[dtype]).view(np.uint8).data)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

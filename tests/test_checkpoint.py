@@ -72,6 +72,23 @@ def test_heads_become_axes():
         np.testing.assert_array_equal(block["o"]["kernel"][head], output[:, rows].T)
 
 
+def test_synthetic_weights_have_the_scale_of_real_ones(tmp_path):
+    """So that activations stay about 1, and no two logits are equal because weights recur."""
+    config = small_config("dream", width=64, head_dim=16, vocab_size=70_000)
+    write_checkpoint(tmp_path / "m", config, dtype="F32")
+    flat = models.flatten(checkpoint.load(tmp_path / "m").params)
+    for path, value in flat.items():
+        value = np.asarray(value)
+        if path.endswith("/scale"):
+            assert 0 < np.abs(value - 1).max() < 0.2
+        elif path.endswith("/kernel"):
+            inputs = value.size // config.vocab_size if "head" in path else None
+            inputs = inputs or {"o": 64, "down": config.mlp_width}.get(path.split("/")[-2], 64)
+            assert value.std() * np.sqrt(inputs) == pytest.approx(1, rel=0.1)
+    head_VD = np.asarray(flat["head/kernel"]).T
+    assert len(np.unique(head_VD[:, :2], axis=0)) == config.vocab_size
+
+
 def test_shards_and_bfloat16(tmp_path):
     """Chunks, shards and their index, against a plain reading of the files."""
     config = small_config(width=256, head_dim=64, mlp_width=3000, vocab_size=700)
