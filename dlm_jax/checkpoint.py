@@ -1,4 +1,4 @@
-"""Opens a model: weights in files -> `Checkpoint(config, params, tokenizer)`.
+"""Opens a model: weights in files -> `Checkpoint`.
 
 Four things can be opened: a directory in the Hugging Face layout, a directory that
 `convert/hf_to_orbax.py` made of one, an embedded model by name, and a checkpoint of the Hugging
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dlm_jax import models
 from dlm_jax import tokenizer as tokenizer_lib
 from dlm_jax.models import Config, Transformer
+from dlm_jax.models import attention as attention_lib
 from dlm_jax.typing import Array, Params, PyTree
 from dlm_jax.weights import hub, lora
 from dlm_jax.weights.converted import Converted, is_converted
@@ -37,15 +39,17 @@ class Checkpoint(NamedTuple):
       config: shapes and special tokens.
       params: the `params` argument of `model.apply({"params": params}, ...)`.
       tokenizer: the tokenizer beside the weights, or None if there is none.
+      attention: whose attention the model computes with, one of `attention.IMPLEMENTATIONS`.
     """
 
     config: Config
     params: Params
     tokenizer: Any
+    attention: str = "auto"
 
     @property
     def model(self) -> Transformer:
-        return Transformer(self.config)
+        return Transformer(self.config, attention=self.attention)
 
 
 def load(
@@ -54,6 +58,7 @@ def load(
     dtype: Any = None,
     shardings: PyTree = None,
     adapter: str | Path | None = None,
+    attention: str = "auto",
 ) -> Checkpoint:
     """Opens a checkpoint directory, an embedded model, or a checkpoint of the Hugging Face hub.
 
@@ -67,6 +72,8 @@ def load(
         tree of them in the structure of the parameters.
       adapter: directory of a LoRA adapter, which is merged while the weights are read; one that
         lies beside them is merged without being named. Not for a converted model.
+      attention: `cudnn` for the fused kernel that GPUs have in 16 bits, `xla` for what every device
+        computes, `auto` for the first where it is there and agrees with the second.
 
     Raises:
       FileNotFoundError: no such directory or model, or a file is missing in it.
@@ -75,13 +82,17 @@ def load(
         an argument is wrong. Every error is one sentence.
     """
     directory, dtype = find(path_or_name), as_dtype(dtype)
+    attention_lib.check(attention, dtype or jnp.bfloat16)
+    if attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError("attention is 'cudnn', which only GPUs have; take 'auto' or 'xla'.")
     stored = inspect(directory, adapter)
     by_path = _shardings_by_path(shardings, stored.shapes)
     tokenizer = open_tokenizer(directory, stored.config)
     flat: dict[str, Array] = {}
     for paths in parts(stored.shapes).values():
         flat |= stored.place(paths, dtype, by_path)
-    return Checkpoint(stored.config, models.unflatten(flat), tokenizer)
+        attention_lib.check(attention, flat[paths[0]].dtype)
+    return Checkpoint(stored.config, models.unflatten(flat), tokenizer, attention)
 
 
 def inspect(directory: Path, adapter: str | Path | None = None) -> "Source | Converted":

@@ -15,6 +15,8 @@ from typing import Any
 
 MAX_BYTES = 2 << 30
 """What may lie in the folder when a command starts."""
+GPU_OPTIONS: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 512}
+"""See `options`."""
 
 
 def add_option(add_argument: Callable[..., Any]) -> None:
@@ -82,6 +84,16 @@ def check_devices() -> None:
                 "leave it unset, or set it to cpu."
             ) from error
         raise ValueError(f"JAX has no device to compute on: {reason}.") from error
+
+
+def options() -> dict[str, Any]:
+    """What the default device's compiler is to be told, as `jax.jit(compiler_options=...)` has it.
+
+    On GPUs products of the same rows become one also where their weights are large: gate and up.
+    """
+    import jax
+
+    return GPU_OPTIONS if jax.default_backend() == "gpu" else {}
 
 
 def memory_mib(program: Any) -> dict[str, float]:

@@ -21,6 +21,7 @@ class Geometry:
       infill: whether masks inside the prompt are filled as well; they belong to the first block.
       most_per_step: the most tokens that the schedule commits in one step, as long as no step falls
         short.
+      step_shapes: the most step shapes that are compiled for sets of different sizes.
     """
 
     prompt: int
@@ -30,6 +31,7 @@ class Geometry:
     shift: int
     infill: bool = False
     most_per_step: int = 1
+    step_shapes: int = 6
 
     def __post_init__(self) -> None:
         if self.prompt < 1:

@@ -257,7 +257,8 @@ def _log_likelihood(
     every = queries.every(slots)
 
     def logits(hidden_BLD: Array, slot_BW: Array) -> Float[Array, "B W V"]:
-        return unembed(model, params, readout(hidden_BLD, every, slot_BW, model.config.shift))
+        place_BW = readout(every, slot_BW, model.config.shift)
+        return unembed(model, params, queries.gather(hidden_BLD, place_BW))
 
     def score(copy: tuple[Array, Array, Array]) -> Float[Array, " B"]:
         """The weighted sum over one copy of every row."""

@@ -4,6 +4,9 @@ import jax.numpy as jnp
 
 from dlm_jax.typing import Array, Bool, Float, Int
 
+FEW = 128
+"""So many positions are compared with one another, not sorted: one kernel of a GPU and not five."""
+
 
 def rank(score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"]) -> Int[Array, " L"]:
     """Place of every position by score, the highest first, the leftmost among equals.
@@ -11,8 +14,14 @@ def rank(score_L: Float[Array, " L"], eligible_L: Bool[Array, " L"]) -> Int[Arra
     Eligible positions come before all others.
     """
     # A score may be -inf or not a number, which must still come before what is not eligible.
-    score_L = jnp.nan_to_num(score_L, nan=-jnp.inf)
-    order_L = jnp.argsort(jnp.where(eligible_L, -score_L, jnp.inf), stable=True)
+    key_L = jnp.where(eligible_L, -jnp.nan_to_num(score_L, nan=-jnp.inf), jnp.inf)
+    if key_L.shape[0] <= FEW:
+        slot_L = jnp.arange(key_L.shape[0])
+        left_LL = slot_L[None] < slot_L[:, None]
+        equal_LL = key_L[None] == key_L[:, None]
+        before_LL = (key_L[None] < key_L[:, None]) | (equal_LL & left_LL)
+        return jnp.sum(before_LL, axis=-1, dtype=jnp.int32)
+    order_L = jnp.argsort(key_L, stable=True)
     return (
         jnp.zeros_like(order_L)
         .at[order_L]

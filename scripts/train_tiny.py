@@ -246,10 +246,10 @@ def accuracy(drawn: list[Problem], texts: list[str]) -> float:
 
 def evaluate(directory: Path, count: int, seed: int, gen_length: int) -> None:
     """Prints what a written model makes of held-out problems; the last line is JSON."""
-    config, params, _ = load(directory)
+    opened = load(directory)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     drawn = draw(seed, "heldout", count)
-    texts = solve(Transformer(config), params, tokenizer, drawn, gen_length)
+    texts = solve(opened.model, opened.params, tokenizer, drawn, gen_length)
     by_template: dict[str, list[bool]] = {}
     for problem, text in zip(drawn, texts, strict=True):
         right = extract_answer(text) == problem.result

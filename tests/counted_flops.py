@@ -7,14 +7,18 @@ L = P + G
 DECODE = DecodeConfig(gen_length=G, block_length=BLOCK, steps=G)
 
 
-def flops_by_hand(config, size, *, read):
-    """Matrix products of `size` queries that attend to all slots, and of `read` rows of logits."""
+def flops_by_hand(config, size, *, read, narrow=True):
+    """Matrix products of `size` queries that attend to all slots, and of `read` rows of logits.
+
+    Where the last layer is `narrow`, it computes of the others keys and values only.
+    """
     c = config
     attended = L * c.num_heads * c.head_dim
+    kept = 2 * c.width * c.num_kv_heads * c.head_dim  # key and value projections
     per_query = (
         2 * c.width * c.num_heads * c.head_dim  # query and output projections
-        + 2 * c.width * c.num_kv_heads * c.head_dim  # key and value projections
         + 2 * attended  # scores and sums of values
         + 3 * c.width * c.mlp_width
     )
-    return 2 * (size * c.num_layers * per_query + read * c.width * c.vocab_size)
+    outputs = size * (c.num_layers - 1) + (min(size, read) if narrow else size)
+    return 2 * (size * c.num_layers * kept + outputs * per_query + read * c.width * c.vocab_size)

@@ -33,6 +33,7 @@ def proposal(score_L: jax.Array, eligible_L: jax.Array) -> Proposal:
         score_L=score_L,
         kept=(),
         slot_W=slot_L,
+        place_L=slot_L,
         chance=Chance(jax.random.key(0), jnp.int32(0), slot_L),
         level=lambda confidence: confidence,
     )

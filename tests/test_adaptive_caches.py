@@ -167,6 +167,7 @@ class TestD2:
         acc = jax.tree.map(lambda leaf: leaf[None], begun)
         for layer in weights:
             full = np.concatenate([layer, np.full((1, 2, 1, LENGTH), 0.3, np.float32)], axis=2)
-            acc = d2cache._roll(acc, jnp.asarray(full)[:, None], jnp.ones((1, LENGTH), bool))
+            told_BQL = jnp.asarray(full).mean(axis=1)  # over the heads
+            acc = d2cache._roll(acc, told_BQL, jnp.ones((1, LENGTH), bool))
         np.testing.assert_allclose(acc.rows_BQL[0, :3], rolled[[2, 5, 7]], atol=1e-6)
         assert not acc.rows_BQL[0, 3].any()

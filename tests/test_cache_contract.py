@@ -85,6 +85,9 @@ def method(request) -> CacheMethod:
     return make(request.param)
 
 
+PLANNED = {"none", "every-other", "dual", "prefix", "dkv-prefill", "dkv-greedy"}
+"""Methods whose step shapes follow from a schedule, with the parameters of these tests."""
+
 one_step = jax.jit(denoise, static_argnames=("shape",))
 
 
@@ -195,15 +198,12 @@ def test_drivers_agree(method):
     model, params = small("dream")
     decode = decoding(method)
     one = generate("dream", method)
-    if len(method.step_shapes(decode.geometry(prompt=6, shift=1))) == 1:
-        setup, state = start(params, model, PROMPT, MASK, key=KEYS, decode=decode, cache=method)
-        other = loop._generate(
-            setup,
-            state.rows.tokens_BL,
-            record=("computed", "computed_layers", "history"),
-            driver="while",
-        )
-        chex.assert_trees_all_equal(one, other)
+    setup, state = start(params, model, PROMPT, MASK, key=KEYS, decode=decode, cache=method)
+    assert bool(setup.plan) == (method.name in PLANNED)
+    if setup.plan:
+        record = ("computed", "computed_layers", "history")
+        other = loop._generate(setup, state.rows.tokens_BL, record=record, planned=False)
+        chex.assert_trees_all_equal(one, jax.device_get(other))
     frames = list(
         diffusion_stream(params, model, PROMPT, MASK, key=KEYS, decode=decode, cache=method)
     )
@@ -247,16 +247,35 @@ def test_what_is_not_computed_is_not_written(method):
             if state.layer_sets is not None:
                 computed_BL = state.layer_sets[layer][index]
             kept_BL = ~np.asarray(computed_BL)
-            for name in getattr(new, "_fields", ()):
+            for (path, old_x), new_x in zip(
+                jax.tree.leaves_with_path(old), jax.tree.leaves(new), strict=True
+            ):
+                name, old_x, new_x = path[-1].name, np.asarray(old_x), np.asarray(new_x)
                 if name == "v_BKLH" and method.name == "dllm":
                     kept_BL = kept_BL & (np.arange(14) < 6)
-                old_x, new_x = np.asarray(getattr(old, name)), np.asarray(getattr(new, name))
                 if name.endswith("BKLH"):
                     old_x, new_x = old_x.swapaxes(1, 2), new_x.swapaxes(1, 2)
                 np.testing.assert_array_equal(old_x[kept_BL], new_x[kept_BL])
                 assert index or (old_x != new_x).any()
                 unwritten += kept_BL[MASK.nonzero()[0], MASK.nonzero()[1]].sum()
     assert unwritten or method.name == "none"
+
+
+@pytest.mark.parametrize(
+    "method",
+    [cache_lib.Prefix(), cache_lib.DKVDecode(cache_steps=3), cache_lib.D2Cache(current_k=3)],
+    ids=name_of,
+)
+def test_fewer_step_shapes_change_no_token(method):
+    outs = [
+        generate("dream", method, decode=decoding(method, step_shapes=most)) for most in (1, 2, 6)
+    ]
+    for name in ("tokens", "committed_at", "positions_asked"):
+        one, two, six = (getattr(out, name) for out in outs)
+        np.testing.assert_array_equal(one, six)
+        np.testing.assert_array_equal(two, six)
+    computed = [out.positions_computed.sum() for out in outs]
+    assert computed[0] >= computed[1] >= computed[2] and computed[0] > computed[2]
 
 
 def test_finished_rows_write_nothing():
@@ -294,7 +313,11 @@ def test_lockstep_changes_no_token(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["none", "d2cache", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dkv-greedy", "dllm"))],
+    [
+        "none",
+        "dual",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dkv-greedy", "d2cache", "dllm")),
+    ],
 )
 def test_an_interrupted_generation_can_be_resumed(name, tmp_path):
     method = make(name)
@@ -326,7 +349,7 @@ def test_an_interrupted_generation_can_be_resumed(name, tmp_path):
     # Written to disk and read back, in two formats.
     state = jax.tree.map(lambda leaf: leaf + jnp.zeros_like(leaf), part.state)
     state = flax.serialization.from_bytes(state, flax.serialization.to_bytes(state))
-    if method.name in ("dllm", "d2cache"):
+    if method.name in ("dual", "dllm", "d2cache"):
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "state", state)
             checkpointer.wait_until_finished()

@@ -15,7 +15,7 @@ from toys.periodic import Periodic
 
 from dlm_jax import cache
 from dlm_jax.cache import dkv
-from dlm_jax.cache.base import MOST_SHAPES, buckets
+from dlm_jax.cache.base import buckets
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.loop import Draws, diffusion_generate
 from dlm_jax.geometry import Geometry
@@ -23,23 +23,26 @@ from dlm_jax.models.base import Transformer, sources
 
 
 class TestBuckets:
-    @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 300))
+    @given(st.lists(st.integers(1, 300), max_size=40), st.integers(1, 300), st.integers(1, 8))
     @settings(deadline=None)
-    def test_few_ascending_and_large_enough(self, sizes, gen):
-        geo = Geometry(prompt=5, gen=gen, block=gen, steps=None, shift=0)
+    def test_few_ascending_and_large_enough(self, sizes, gen, most):
+        geo = Geometry(prompt=5, gen=gen, block=gen, steps=None, shift=0, step_shapes=most)
         capacities = [shape.capacity for shape in buckets(sizes, geo)]
         assert capacities == sorted(set(capacities)) and capacities[-1] == geo.length
-        assert len(capacities) <= MOST_SHAPES
+        assert len(capacities) <= most
         assert all(capacity in [*sizes, geo.length] for capacity in capacities)
 
     def test_few_sizes_keep_their_own(self):
         assert [shape.capacity for shape in buckets([8, 4, 4], LLADA)] == [4, 8, 11]
 
+    @pytest.mark.parametrize("most", [1, 2, 3, 6])
     @pytest.mark.parametrize("name", cache.METHODS)
-    def test_no_method_compiles_more_step_shapes(self, name):
-        geo = DecodeConfig(gen_length=256, block_length=32).geometry(prompt=128, shift=1)
+    def test_no_method_compiles_more_step_shapes(self, name, most):
+        decode = DecodeConfig(gen_length=256, block_length=32, step_shapes=most)
+        geo = decode.geometry(prompt=128, shift=1)
         shapes = cache.make(name).step_shapes(geo)
-        assert 1 <= len(shapes) <= MOST_SHAPES and len(set(shapes)) == len(shapes)
+        modes = {shape.mode for shape in shapes}
+        assert 1 <= len(shapes) <= max(most, len(modes)) and len(set(shapes)) == len(shapes)
         assert shapes[-1].capacity == geo.length
 
 

@@ -56,7 +56,7 @@ def test_prompts_of_like_length_share_a_program(compiled):
     assert (run(33, 1), run(3, 64)) == (1, 0)
 
 
-@pytest.mark.parametrize("name", ["none", "dual", "d2cache"])
+@pytest.mark.parametrize("name", ["none", "dual", pytest.param("d2cache", marks=pytest.mark.slow)])
 def test_watching_compiles_all_step_shapes_before_the_clock_starts(compiled, name):
     checkpoint = dlm_jax.load(CHECKPOINTS / "llada-tiny")
     decode = DecodeConfig.for_model(checkpoint.config, gen_length=16, block_length=8)

@@ -125,9 +125,9 @@ def test_drivers_agree(setting):
     setup, state = start(params, model, prompt, mask, key=KEY, decode=config)
     results = [
         decode_lib._generate(
-            setup, state.rows.tokens_BL, record=("computed", "history"), driver=driver
+            setup, state.rows.tokens_BL, record=("computed", "history"), planned=planned
         )
-        for driver in ("scan", "while")
+        for planned in (True, False)
     ]
     chex.assert_trees_all_equal(*results)
     frames = list(diffusion_stream(params, model, prompt, mask, key=KEY, decode=config))

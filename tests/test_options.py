@@ -58,7 +58,7 @@ def test_what_is_no_list_of_names_is_refused(text, words):
 EVERYWHERE = {
     *("steps", "schedule", "num_transfer_tokens", "block_length", "strategy"),
     *("alg", "alg_temp", "sigma", "clip_alpha", "threshold", "factor", "gamma"),
-    *("temperature", "top_p", "top_k", "min_p", "cfg_scale"),
+    *("temperature", "top_p", "top_k", "min_p", "cfg_scale", "step_shapes"),
 }
 
 

@@ -85,7 +85,12 @@ def test_a_debiased_confidence_is_reported_and_ranks(alg):
         row = jax.tree.map(lambda leaf: leaf[0], tuple(state.rows))
         one = jax.tree.map(lambda leaf: leaf[0], out)
         proposal = predict.propose(
-            setup, Row(*row), seen.read_BL[0], seen.slot_BW[0], one, Chance(*chances)
+            setup,
+            Row(*row),
+            seen.read_BL[0],
+            (seen.slot_BW[0], seen.place_BL[0]),
+            one,
+            Chance(*chances),
         )
         return out, proposal.level(jnp.float32(0.25))
 

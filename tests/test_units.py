@@ -16,7 +16,7 @@ from dlm_jax.decoding import strategies
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.models import dream, hf, llada
 from dlm_jax.models.base import source_slot
-from dlm_jax.models.layers import attention, rotary, rotate
+from dlm_jax.models.layers import rotary, rotate
 
 masks = hnp.arrays(bool, (2, 9))
 
@@ -24,18 +24,17 @@ masks = hnp.arrays(bool, (2, 9))
 class TestQueries:
     @settings(max_examples=30, deadline=None, derandomize=True)
     @given(mask=masks, extra=st.integers(0, 3))
-    def test_pack_lists_the_set_and_unpack_inverts_it(self, mask, extra):
+    def test_pack_lists_the_set_and_says_where_each_is(self, mask, extra):
         capacity = int(mask.sum(-1).max()) + extra
         if not capacity:
             return
-        index = queries.pack_index(jnp.asarray(mask), capacity)
+        index, where = queries.pack_index(jnp.asarray(mask), capacity)
         for row in range(2):
             chosen = np.flatnonzero(mask[row])
             if capacity == 9:  # everything keeps its place
                 assert index[row].tolist() == np.where(mask[row], np.arange(9), 9).tolist()
             else:
                 assert index[row].tolist() == chosen.tolist() + [9] * (capacity - len(chosen))
-        where = queries.unpack_index(index, 9)
         for row in range(2):
             slot = np.arange(9) if capacity == 9 else np.cumsum(mask[row]) - 1
             expected = np.where(mask[row], slot, capacity)
@@ -45,10 +44,25 @@ class TestQueries:
     @given(mask=masks)
     def test_scatter_writes_the_set_and_nothing_else(self, mask):
         values = jnp.arange(36.0).reshape(2, 9, 2)
-        index = queries.pack_index(jnp.asarray(mask), 9)
+        index, _ = queries.pack_index(jnp.asarray(mask), 9)
         written = queries.scatter(values, -queries.gather(values, index), index)
         expected = jnp.where(jnp.broadcast_to(mask[..., None], values.shape), -values, values)
         np.testing.assert_array_equal(written, expected)
+
+    @settings(max_examples=30, deadline=None)
+    @given(mask=masks, capacity=st.integers(1, 9))
+    def test_what_is_too_much_is_left_out(self, mask, capacity):
+        index, where = queries.pack_index(jnp.asarray(mask), capacity)
+        assert index.shape == (2, capacity) and where.shape == (2, 9)
+        for row in range(2) if capacity < 9 else ():
+            first = np.flatnonzero(mask[row])[:capacity]
+            assert index[row, : len(first)].tolist() == first.tolist()
+            assert np.flatnonzero(where[row] < capacity).tolist() == first.tolist()
+
+    def test_look_up_is_the_inverse_of_taking(self):
+        index, where = queries.pack_index(jnp.asarray([[False, True, False, True, True]]), 4)
+        values = jnp.asarray([10, 20, 30, 40], jnp.int32)
+        assert queries.look_up(values, where[0], -1).tolist() == [-1, 10, -1, 20, 30]
 
     def test_positions_count_from_the_first_real_token(self):
         valid = jnp.asarray([[False, False, True, True], [True, True, True, True]])
@@ -56,6 +70,20 @@ class TestQueries:
 
 
 class TestTop:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        score=st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, np.inf, np.nan]), min_size=7),
+        data=st.data(),
+    )
+    def test_comparing_ranks_as_sorting_does(self, score, data):
+        size = len(score)
+        eligible = jnp.asarray(data.draw(hnp.arrays(bool, size)))
+        score_L = jnp.asarray(score, jnp.float32)
+        compared = ranking.rank(score_L, eligible)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranking, "FEW", 0)
+            np.testing.assert_array_equal(compared, ranking.rank(score_L, eligible))
+
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         confidence=st.lists(st.integers(-3, 3), min_size=6, max_size=6),
@@ -98,13 +126,6 @@ class TestLayers:
 
         np.testing.assert_allclose(score(3, 7), score(103, 107), rtol=1e-4)
         assert abs(score(3, 7) - score(3, 9)) > 1e-3
-
-    def test_bfloat16_keeps_a_float32_softmax(self):
-        q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), jnp.bfloat16)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out, weights = attention(q, k, v, jnp.ones((1, 1, 5), bool))
-        assert out.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
-        np.testing.assert_allclose(weights.sum(-1), jnp.ones((1, 2, 1, 5)), rtol=1e-6)
 
     def test_a_bfloat16_model_reads_out_float32(self):
         model, params = small("dream")

@@ -17,18 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dlm_jax import queries as queries_lib
+from dlm_jax.cache.runs import Plan
 from dlm_jax.decoding.blocks import Blocks
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Block, Config, LayerFn
+from dlm_jax.models import attention
+from dlm_jax.models.attention import KV
+from dlm_jax.models.base import Block, Config, LayerFn, Transformer
 from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
-MOST_SHAPES = 6
-"""Step shapes per generation; each is compiled on its own."""
 GRAIN = 8
 """Capacities for sets of any size are multiples of it."""
 
@@ -39,15 +39,10 @@ class StepShape(NamedTuple):
     capacity: int
     mode: int = 0
 
-
-class KV(NamedTuple):
-    """Keys (after rotary positions) and values of one layer, one slot per position.
-
-    Heads come before slots: attention then takes them as they are, without a transposed copy.
-    """
-
-    k_BKLH: Float[Array, "B K L H"]
-    v_BKLH: Float[Array, "B K L H"]
+    @property
+    def scope(self) -> str:
+        """What the operations of such a step are called in compiled programs and in traces."""
+        return f"step_{self.capacity}" + (f"_{self.mode}" if self.mode else "")
 
 
 def kv_layer(
@@ -55,22 +50,26 @@ def kv_layer(
 ) -> tuple[tuple[Array, PyTree], KV]:
     """A block whose queries write their K/V into the cache and attend to what they may of it."""
     hidden, acc = carry
-    hidden, layer_cache, _ = attend_cached(block, hidden, layer_cache, queries)
-    return (hidden + block.ffn(hidden), acc), layer_cache
+    normed, kv = write_kv(block, hidden, layer_cache, queries)
+    hidden, normed, rotary_BQH = queries.outputs((hidden, normed, queries.rotary_BQH))
+    q_BQNH = block.query(normed, rotary_BQH)
+    hidden = hidden + block.attend(q_BQNH, kv, queries.attended_BL[:, None, :])
+    return (hidden + block.ffn(hidden), acc), kv
 
 
-def attend_cached(
+def write_kv(
     block: Block, hidden: Float[Array, "B Q D"], layer_cache: KV, queries: Queries
-) -> tuple[Float[Array, "B Q D"], KV, Float[Array, "B K R Q L"]]:
-    """The attention half of `kv_layer`; returns the residual stream, the cache and the weights."""
+) -> tuple[Float[Array, "B Q D"], KV]:
+    """The normed hidden states, and the cache with what all queries write into it."""
     normed = block.norm(hidden)
-    k_BKLH = queries_lib.scatter_heads(
-        layer_cache.k_BKLH, block.key(normed, queries.rotary_BQH), queries.index_BQ
-    )
-    v_BKLH = queries_lib.scatter_heads(layer_cache.v_BKLH, block.value(normed), queries.index_BQ)
-    q_BQNH = block.query(normed, queries.rotary_BQH)
-    out, weights = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.attended_BL[:, None, :])
-    return hidden + out, KV(k_BKLH, v_BKLH), weights
+    k_BQKH, v_BQKH = block.key(normed, queries.rotary_BQH), block.value(normed)
+    return normed, layer_cache.write(queries.index_BQ, k_BQKH=k_BQKH, v_BQKH=v_BQKH)
+
+
+def empty_kv(config: Config, length: int, dtype: DTypeLike, layout: type[KV]) -> tuple[KV, ...]:
+    """Keys and values of one row, for each layer."""
+    kv = layout.empty(length, config.num_kv_heads, config.head_dim, dtype)
+    return (kv,) * config.num_layers
 
 
 def round_up(size: int) -> int:
@@ -81,10 +80,11 @@ def round_up(size: int) -> int:
 def buckets(sizes: Iterable[int], geo: Geometry) -> tuple[StepShape, ...]:
     """Step shapes for sets of the given sizes, and one for the whole length.
 
-    At most `MOST_SHAPES`: neighbouring sizes share the capacity of the largest of them.
+    At most `geo.step_shapes`: neighbouring sizes share the capacity of the largest of them.
     """
     distinct = sorted({min(size, geo.length) for size in sizes if size > 0} - {geo.length})
-    groups = np.array_split(np.asarray(distinct), min(MOST_SHAPES - 1, len(distinct) or 1))
+    count = min(geo.step_shapes - 1, len(distinct))
+    groups = np.array_split(np.asarray(distinct), count) if count else []
     capacities = [int(group[-1]) for group in groups if len(group)]
     return tuple(map(StepShape, [*capacities, geo.length]))
 
@@ -106,6 +106,12 @@ class CacheMethod:
     """Whether `readable` goes beyond what the step may fill."""
     needs_order: ClassVar[bool] = False
     """Whether the order of the tokens must be drawn in advance; see `DecodeConfig.for_cache`."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        said = {"select", "serves", "step_shapes", "restrict", "blocks"} & set(vars(cls))
+        if said and "plan" not in vars(cls):
+            cls.plan = CacheMethod.plan
 
     def __post_init__(self) -> None:
         """Refuses arrays: parameters decide the program, which is looked up by their values."""
@@ -143,6 +149,21 @@ class CacheMethod:
     def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         """The few step shapes that the method can ask for, by ascending capacity."""
         return (StepShape(geo.length),)
+
+    def plan(self, geo: Geometry, forwards: int) -> Plan:
+        """Which of several step shapes come one after the other, where the schedule alone decides.
+
+        A subclass that selects otherwise than its base does not inherit the plan.
+
+        Args:
+          geo: of the generation; no row has masks but those of its blocks.
+          forwards: that every block takes, in every row, all with something to fill.
+
+        Returns:
+          A plan whose shapes hold what `select` asks for, or the empty one.
+        """
+        del geo, forwards
+        return ()
 
     def init(self, geo: Geometry) -> PyTree:
         """Memory of one row before the first step."""
@@ -187,12 +208,10 @@ class CacheMethod:
         capacities = jnp.asarray([shape.capacity for shape in self.step_shapes(geo)], jnp.int32)
         return jnp.sum(selected_L, dtype=jnp.int32) <= capacities
 
-    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
-        """What is kept of one row, a pytree per layer."""
-        shape = (config.num_kv_heads, geo.length, config.head_dim)
-        return tuple(
-            KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)
-        )
+    def init_cache(self, model: Transformer, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+        """What is kept of one row, a pytree per layer; `dtype` is that of the parameters."""
+        layout = attention.layout(model.attention, model.config.heads, dtype)
+        return empty_kv(model.config, geo.length, dtype, layout)
 
     def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> PyTree:
         """What the layer functions accumulate from; `index_Q` are the slots of the queries.

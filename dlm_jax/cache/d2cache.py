@@ -13,22 +13,16 @@ import jax.numpy as jnp
 
 from dlm_jax import queries as queries_lib
 from dlm_jax import ranking
-from dlm_jax.cache.base import (
-    KV,
-    CacheMethod,
-    StepShape,
-    attend_cached,
-    buckets,
-    round_up,
-)
+from dlm_jax.cache.base import CacheMethod, StepShape, buckets, empty_kv, round_up, write_kv
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.decoding.settings import check_number, check_whole
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Block, Config, LayerFn, sources
+from dlm_jax.models.attention import KV, HeadsFirst
+from dlm_jax.models.base import Block, Config, LayerFn, Transformer, sources
 from dlm_jax.queries import Queries
 from dlm_jax.ranking import certainty_density
-from dlm_jax.typing import Array, Bool, Float, Int
+from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class Selection(NamedTuple):
@@ -148,6 +142,10 @@ class D2Cache(CacheMethod):
             selected_L = _fill_gaps(selected_L, self.inflate_w)
         return Selection(selected_L, confidence_L)
 
+    def init_cache(self, model: Transformer, geo: Geometry, dtype: DTypeLike) -> tuple[KV, ...]:
+        # Only attention in this layout tells what was attended to.
+        return empty_kv(model.config, geo.length, dtype, HeadsFirst)
+
     def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> Rollout:
         del row
         return Rollout(jax.nn.one_hot(index_Q, geo.length), index_Q)
@@ -164,15 +162,17 @@ def _rollout_layer(
 ) -> tuple[tuple[Array, Rollout], KV]:
     """`kv_layer` that also rolls the attention of the queries out over the layer."""
     hidden, rollout = carry
-    hidden, layer_cache, weights_BKRQL = attend_cached(block, hidden, layer_cache, queries)
-    rollout = _roll(rollout, weights_BKRQL, queries.slots.valid_BL)
-    return (hidden + block.ffn(hidden), rollout), layer_cache
+    normed, kv = write_kv(block, hidden, layer_cache, queries)
+    q_BQNH = block.query(normed, queries.rotary_BQH)
+    out, told_BQL = block.attend_and_tell(q_BQNH, kv, queries.attended_BL[:, None, :])
+    hidden = queries.outputs(hidden + out)
+    return (hidden + block.ffn(hidden), _roll(rollout, told_BQL, queries.valid_BL)), kv
 
 
 def _roll(
-    rollout: Rollout, weights_BKRQL: Float[Array, "B K R Q L"], valid_BL: Bool[Array, "B L"]
+    rollout: Rollout, told_BQL: Float[Array, "B Q L"], valid_BL: Bool[Array, "B L"]
 ) -> Rollout:
-    """The rollout after one more layer, given its attention weights.
+    """The rollout after one more layer, given what its queries attended to.
 
     Half of every row stays (the residual connection) and half is passed on by attention, averaged
     over the heads: to the rows of the queries as rolled out so far, and to all others, whose rows
@@ -180,7 +180,7 @@ def _roll(
     """
     index_BQ = rollout.index_BQ
     real_BQ = index_BQ < valid_BL.shape[1]
-    attention_BQL = jnp.where(real_BQ[:, :, None], _over_heads(weights_BKRQL), 0.0)
+    attention_BQL = jnp.where(real_BQ[:, :, None], told_BQL, 0.0)
     among_BQQ = jnp.take_along_axis(attention_BQL, index_BQ[:, None, :], axis=-1, mode="clip")
     computed_BL = queries_lib.scatter(jnp.zeros_like(valid_BL), real_BQ, index_BQ)
     passed_BQL = jnp.matmul(
@@ -189,23 +189,6 @@ def _roll(
         precision=jax.lax.Precision.HIGHEST,
     ) + jnp.where(computed_BL[:, None, :], 0.0, attention_BQL)
     return rollout._replace(rows_BQL=(passed_BQL + rollout.rows_BQL) / 2)
-
-
-def _over_heads(weights_BKRQL: Float[Array, "B K R Q L"]) -> Float[Array, "B Q L"]:
-    """The mean over the heads.
-
-    As a product: the CPU backend sums leading axes slowly, and fuses sums of all layers into one,
-    for which it keeps the weights of all of them.
-    """
-    batch, kv_heads, groups, size, length = weights_BKRQL.shape
-    heads = kv_heads * groups
-    mean_BX = jnp.einsum(
-        "N,BNX->BX",
-        jnp.full(heads, 1 / heads),
-        weights_BKRQL.reshape(batch, heads, -1),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return mean_BX.reshape(batch, size, length)
 
 
 def _nucleus(weight_L: Float[Array, " L"], share: float | int) -> Bool[Array, " L"]:

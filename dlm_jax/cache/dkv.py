@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dlm_jax import ranking
 from dlm_jax.cache.base import GRAIN, CacheMethod, StepShape, buckets, round_up
+from dlm_jax.cache.runs import Plan, Repeat, Run
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.decoding.settings import check_whole
@@ -105,6 +106,10 @@ class DKVPrefill(CacheMethod):
     def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets([geo.gen + geo.shift], geo)
 
+    def plan(self, geo: Geometry, forwards: int) -> Plan:
+        full = len(self.step_shapes(geo)) - 1
+        return (Run(full, 1), Run(0, forwards * geo.num_blocks - 1))
+
     def init(self, geo: Geometry) -> Bool[Array, " L"]:
         return jnp.zeros(geo.length, bool)
 
@@ -174,6 +179,13 @@ class DKVGreedy(CacheMethod):
 
     def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets([geo.most_per_step * (2 + self.window_size)], geo)
+
+    def plan(self, geo: Geometry, forwards: int) -> Plan:
+        full = len(self.step_shapes(geo)) - 1
+        periods, rest = divmod(forwards, self.cache_steps)
+        period = (Run(full, 1), Run(0, self.cache_steps - 1))
+        last = (Run(full, min(1, rest)), Run(0, max(0, rest - 1)))
+        return (Repeat((Repeat(period, periods), *last), geo.num_blocks),)
 
     def init(self, geo: Geometry) -> PyTree:
         nothing_L = jnp.zeros(geo.length, bool)

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from dlm_jax import queries as queries_lib
 from dlm_jax import ranking
 from dlm_jax.cache.base import CacheMethod, StepShape
+from dlm_jax.cache.runs import Plan, Repeat, Run
 from dlm_jax.decoding.rows import Row
 from dlm_jax.decoding.settings import check_number, check_whole
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Block, Config, LayerFn, plain_layer
+from dlm_jax.models.attention import KV
+from dlm_jax.models.base import Block, Config, LayerFn, Transformer, plain_layer
 from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
 
@@ -31,9 +33,7 @@ PROMPT, RESPONSE = 1, 2
 class Features(NamedTuple):
     """What one layer keeps, one slot per position."""
 
-    k_BKLH: Float[Array, "B K L H"]
-    """After rotary positions."""
-    v_BKLH: Float[Array, "B K L H"]
+    kv: KV
     attention_BLD: Float[Array, "B L D"]
     ffn_BLD: Float[Array, "B L D"]
 
@@ -76,6 +76,24 @@ class DLLMCache(CacheMethod):
         modes = (0, PROMPT, RESPONSE, PROMPT | RESPONSE)
         return tuple(StepShape(geo.length, mode) for mode in modes)
 
+    def plan(self, geo: Geometry, forwards: int) -> Plan:
+        if self.kp % self.kr:
+            return ()  # the two periods do not nest
+        periods, rest = divmod(forwards * geo.num_blocks, self.kp)
+
+        def prompt_period(steps: int) -> Plan:
+            later, over = divmod(max(0, steps - self.kr), self.kr)
+            between = self.kr - 1
+            return (
+                Run(PROMPT | RESPONSE, min(1, steps)),
+                Run(0, max(0, min(between, steps - 1))),
+                Repeat((Run(RESPONSE, 1), Run(0, between)), later),
+                Run(RESPONSE, min(1, over)),
+                Run(0, max(0, over - 1)),
+            )
+
+        return (Repeat(prompt_period(self.kp), periods), *prompt_period(rest))
+
     def select(self, memory: PyTree, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         del memory, geo
         return row.valid_L
@@ -89,10 +107,10 @@ class DLLMCache(CacheMethod):
         due = PROMPT * prompt.astype(jnp.int32) + RESPONSE * response.astype(jnp.int32)
         return (modes & due) == due
 
-    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
-        kv = jnp.zeros((config.num_kv_heads, geo.length, config.head_dim), dtype)
-        added = jnp.zeros((geo.length, config.width), dtype)
-        return ((), *(Features(kv, kv, added, added) for _ in range(1, config.num_layers)))
+    def init_cache(self, model: Transformer, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+        added = jnp.zeros((geo.length, model.config.width), dtype)
+        _, *later = super().init_cache(model, geo, dtype)
+        return ((), *(Features(kv, added, added) for kv in later))
 
     def init_acc(self, row: Row, index_Q: Int[Array, " Q"], geo: Geometry) -> Refresh:
         del index_Q, geo
@@ -140,7 +158,7 @@ def _layer(
     The queries have one slot per position (`queries.pack` at full capacity).
     """
     hidden, acc = carry
-    k_BKLH, v_BKLH, attention_BLD, ffn_BLD = layer_cache
+    kv, attention_BLD, ffn_BLD = layer_cache
     length, prompt = geo.length, geo.prompt
     place_BL = queries.index_BQ
     real_BL = place_BL < length
@@ -157,7 +175,7 @@ def _layer(
     if method.rou and method.kr > 1:
         between_BL = response_BL & ~acc.response_B[:, None]
         similarity_BL = jnp.pad(
-            _cosine(fresh_BLKH[:, prompt - first :], v_BKLH[:, :, prompt:].swapaxes(1, 2)),
+            _cosine(fresh_BLKH[:, prompt - first :], kv.v_BLKH[:, prompt:]),
             ((0, 0), (prompt, 0)),
         )
         changed_BL = jax.vmap(ranking.top, (0, 0, None))(
@@ -165,26 +183,22 @@ def _layer(
         )
         selected_BL = selected_BL | changed_BL
         written_BL = selected_BL | between_BL
-    v_BKLH = queries_lib.scatter_heads(
-        v_BKLH, fresh_BLKH, jnp.where(written_BL, place_BL, length)[:, first:]
-    )
+    kv = kv.write(jnp.where(written_BL, place_BL, length)[:, first:], v_BQKH=fresh_BLKH)
     acc = acc._replace(selected=(*acc.selected, selected_BL))
 
     capacity = method.capacity(mode, geo)
     if capacity:
         chosen = queries_lib.pack(selected_BL, queries.slots, queries.attended_BL, capacity)
         normed_BQD = queries_lib.gather(normed, chosen.index_BQ)
-        k_BKLH = queries_lib.scatter_heads(
-            k_BKLH, block.key(normed_BQD, chosen.rotary_BQH), chosen.index_BQ
-        )
+        kv = kv.write(chosen.index_BQ, k_BQKH=block.key(normed_BQD, chosen.rotary_BQH))
         q_BQNH = block.query(normed_BQD, chosen.rotary_BQH)
-        out_BQD, _ = block.attend(q_BQNH, k_BKLH, v_BKLH, queries.attended_BL[:, None, :])
+        out_BQD = block.attend(q_BQNH, kv, queries.attended_BL[:, None, :])
         attention_BLD = queries_lib.scatter(attention_BLD, out_BQD, chosen.index_BQ)
     hidden = hidden + attention_BLD
     if capacity:
         out_BQD = block.ffn(queries_lib.gather(hidden, chosen.index_BQ))
         ffn_BLD = queries_lib.scatter(ffn_BLD, out_BQD, chosen.index_BQ)
-    return (hidden + ffn_BLD, acc), Features(k_BKLH, v_BKLH, attention_BLD, ffn_BLD)
+    return (queries.outputs(hidden + ffn_BLD), acc), Features(kv, attention_BLD, ffn_BLD)
 
 
 def _cosine(

@@ -4,12 +4,15 @@ The first denoising step of a block computes the whole sequence. The other steps
 and with the prefix cache also what follows it, against the K/V of that first step.
 """
 
+import bisect
 import dataclasses
+import itertools
 from typing import ClassVar
 
 import jax.numpy as jnp
 
 from dlm_jax.cache.base import CacheMethod, StepShape, buckets
+from dlm_jax.cache.runs import Plan, Repeat, Run
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.rows import Row
 from dlm_jax.geometry import Geometry
@@ -60,6 +63,20 @@ class Prefix(CacheMethod):
     def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets((n * geo.block for n in range(1, geo.num_blocks + 1)), geo)
 
+    def plan(self, geo: Geometry, forwards: int) -> Plan:
+        shapes = self.step_shapes(geo)
+        full = len(shapes) - 1
+        needed = [self._size(block, geo) for block in range(geo.num_blocks)]
+        chosen = [bisect.bisect_left([s.capacity for s in shapes], size) for size in needed]
+        return tuple(
+            Repeat((Run(full, 1), Run(shape, forwards - 1)), len(list(same)))
+            for shape, same in itertools.groupby(chosen)
+        )
+
+    def _size(self, block: int, geo: Geometry) -> int:
+        """Positions that a step of a block computes after its first."""
+        return geo.gen - block * geo.block
+
     def restrict(self, memory: PyTree, row: Row, geo: Geometry) -> Row:
         if not self._first_column:
             return row
@@ -95,6 +112,11 @@ class Dual(Prefix):
 
     def step_shapes(self, geo: Geometry) -> tuple[StepShape, ...]:
         return buckets([geo.block], geo)
+
+    plan = Prefix.plan
+
+    def _size(self, block: int, geo: Geometry) -> int:
+        return geo.block
 
     def _window(self, row: Row, geo: Geometry) -> Bool[Array, " L"]:
         return geo.in_block(row.block)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from dlm_jax.cache.base import CacheMethod, StepShape
 from dlm_jax.decoding.rows import Row
 from dlm_jax.geometry import Geometry
-from dlm_jax.models.base import Config, LayerFn, plain_layer
+from dlm_jax.models.base import Config, LayerFn, Transformer, plain_layer
 from dlm_jax.typing import Array, Bool, DTypeLike, PyTree
 
 
@@ -21,9 +21,9 @@ class NoCache(CacheMethod):
         del memory, geo
         return row.valid_L
 
-    def init_cache(self, config: Config, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
+    def init_cache(self, model: Transformer, geo: Geometry, dtype: DTypeLike) -> tuple[PyTree, ...]:
         del geo, dtype
-        return ((),) * config.num_layers
+        return ((),) * model.config.num_layers
 
     def layers(
         self, shape: StepShape, config: Config, geo: Geometry

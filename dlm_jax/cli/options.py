@@ -77,6 +77,12 @@ def add_model(add: Add) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="dtype of the parameters [as stored]",
     )
+    add(
+        "--attention",
+        choices=("auto", "cudnn", "xla"),
+        default="auto",
+        help="whose attention: cuDNN's in 16 bits on GPUs, or XLA's [auto]",
+    )
     compilation.add_option(add)
 
 
@@ -116,6 +122,12 @@ def add_decoding(add: Add, *, gen_length: str, otherwise: str) -> None:
         help="a token, as its text or id:N, that ends an answer; may be repeated [the model's]",
     )
     add("--stop-at-eos", action="store_true", help="spend nothing on what follows the answer's end")
+    add(
+        "--step-shapes",
+        type=whole,
+        metavar="N",
+        help="compile at most N step shapes for a cache [6; 4 for large models]",
+    )
 
 
 def add_pace(add: Add, *, otherwise: str) -> None:

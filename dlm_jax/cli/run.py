@@ -66,7 +66,7 @@ def _prepare(
     identity = digest(
         dlm_jax.__version__,
         fingerprint(directory, args.adapter),
-        [args.dtype, repr(method), args.stop],
+        [args.dtype, args.attention, repr(method), args.stop],
         None if token_freq is None else token_freq.tolist(),
     )
     requests = plan.requests(asked, config, max(rows, 1), identity, apart=one_batch)
@@ -76,7 +76,9 @@ def _prepare(
     with output.keeping(args.output) as responses:
         opened = None
         if asked or args.interactive:
-            opened = checkpoint.load(directory, dtype=args.dtype, adapter=args.adapter)
+            opened = checkpoint.load(
+                directory, dtype=args.dtype, adapter=args.adapter, attention=args.attention
+            )
     model = Model(args, console, opened, decode, method, token_freq, progress.Spinner(console))
     if args.interactive:
         return functools.partial(chat.hold, model, as_chat=as_chat)

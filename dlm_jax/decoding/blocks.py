@@ -40,6 +40,8 @@ class Blocks:
         geo = self.geo
         counts_L = masked_L.astype(jnp.int32)
         counts = counts_L[geo.prompt :].reshape(geo.num_blocks, geo.block).sum(axis=-1)
+        if not geo.infill:  # then there are none in the prompt
+            return counts
         return counts.at[0].add(counts_L[: geo.prompt].sum())
 
     def count_in(self, masked_L: Bool[Array, " L"], block: Int[Array, ""]) -> Int[Array, ""]:

@@ -60,6 +60,7 @@ def _check_numbers(decode: "DecodeConfig") -> None:
         if not (isinstance(value, Integral) or (optional and value is None)) or value is True:
             raise ValueError(f"{name} is {value}; it must be a whole number.")
     check_whole("num_transfer_tokens", decode.num_transfer_tokens, 1)
+    check_whole("step_shapes", decode.step_shapes, 1)
     for name in ("max_forwards", "top_k"):
         check_whole(name, getattr(decode, name), 1, optional=True)
     if not isinstance(decode.suppress, tuple) or not all(

@@ -17,6 +17,9 @@ from dlm_jax.models import Config
 if TYPE_CHECKING:
     import dlm_jax.cache.base
 
+FEW_SHAPES = 4
+"""Step shapes of large models: each takes as long to compile as some tens of tokens to generate."""
+
 
 @settings(kw_only=True)
 class DecodeConfig:
@@ -80,6 +83,9 @@ class DecodeConfig:
         sets no limit. With `record=("state",)` the generation can be resumed.
       lockstep: rows of a batch leave a block together (True) or each by itself (False); None takes
         what suits the cache method. With the mask token banned, a row's tokens do not depend on it.
+      step_shapes: the most step shapes that are compiled for a cache method whose sets differ in
+        size. Fewer are compiled sooner, and compute more slots that nobody asked for; no token
+        depends on it.
 
     Raises:
       ValueError: one sentence that names the argument, its value and what would be right.
@@ -114,6 +120,7 @@ class DecodeConfig:
     leave_early: bool = True
     max_forwards: Number = number(None, dtype=jnp.int32)
     lockstep: bool | None = None
+    step_shapes: int = 6
 
     def __post_init__(self, threshold: Number, factor: Number, gamma: Number) -> None:
         given = dict(threshold=threshold, factor=factor, gamma=gamma)
@@ -148,7 +155,8 @@ class DecodeConfig:
 
         A default block length is lowered to a divisor of `gen_length`, to no less than half of it;
         if there is none, everything is one block. A strategy that compares confidences, or `sigma`,
-        without an `alg` looks at probabilities, whatever the family's own measure.
+        without an `alg` looks at probabilities, whatever the family's own measure. Of models with
+        more than 10^9 parameters, whose layers take long to compile, few step shapes are compiled.
         """
         given = {name: value for name, value in overrides.items() if value is not None}
         family = dict(models.FAMILIES[config.family].DECODE)
@@ -160,6 +168,8 @@ class DecodeConfig:
         uncounted = given.get("infill") and "steps" not in given
         if uncounted or family["schedule"] not in strategy.schedules:
             del family["schedule"]
+        if config.parameters > 10**9:
+            family["step_shapes"] = FEW_SHAPES
         chosen = family | given
         gen_length = chosen.get("gen_length", cls.gen_length)
         if "block_length" not in given and chosen["block_length"] is not None:
@@ -238,6 +248,7 @@ class DecodeConfig:
             steps=steps,
             shift=shift,
             infill=self.infill,
+            step_shapes=self.step_shapes,
         )
         first_block = geo.block + (prompt if self.infill else 0)
         return dataclasses.replace(geo, most_per_step=self.make_schedule(geo).most(first_block))

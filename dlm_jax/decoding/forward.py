@@ -21,6 +21,8 @@ class Seen(NamedTuple):
 
     slot_BW: Int[Array, "B W"]
     """Where predictions are wanted; L marks an unused entry."""
+    place_BL: Int[Array, "B L"]
+    """The entry of every slot; W marks one at which none is wanted."""
     hidden_BWD: Float[Array, "B2 W D"]
     """The hidden states that predict these slots; 2 B rows if there are copies for guidance."""
     read_BL: Bool[Array, "B L"]
@@ -52,7 +54,7 @@ def forward(setup: Setup, state: DecodeState, shape: StepShape) -> Seen:
     source_BL = source_slot(slot_BL, rows.valid_BL, config.shift)
     computed_BL = queries.gather(state.selected_BL, source_BL)
     wanted_BL = per_row(readable)(rows, state.memory) & computed_BL
-    slot_BW = queries.pack_index(wanted_BL, setup.readout_width(shape))
+    slot_BW, place_BL = queries.pack_index(wanted_BL, setup.readout_width(shape))
 
     work = Work(rows, state.selected_BL, setup.slots, slot_BW)
     if setup.decode.guided:  # the network sees 2 B rows
@@ -62,9 +64,8 @@ def forward(setup: Setup, state: DecodeState, shape: StepShape) -> Seen:
     (hidden_BWD, acc), cache = _compute(setup, work, state.cache, shape)
     if setup.decode.guided:
         acc = guidance.without_copy(acc)
-    nothing_BL, read_BW = jnp.zeros_like(wanted_BL), jnp.ones(slot_BW.shape, bool)
-    read_BL = queries.scatter(nothing_BL, read_BW, slot_BW) & rows.masked_BL
-    return Seen(slot_BW, hidden_BWD, read_BL, cache, acc)
+    read_BL = (place_BL < slot_BW.shape[1]) & rows.masked_BL
+    return Seen(slot_BW, place_BL, hidden_BWD, read_BL, cache, acc)
 
 
 def _compute(
@@ -121,7 +122,8 @@ def _network(
         cache,
         per_row(begin)(rows, query.index_BQ),
         layers,
+        readout(query, work.slot_BW, model.config.shift),
         method="walk",
     )
-    hidden_BQD, cache, acc = walked
-    return (readout(hidden_BQD, query, work.slot_BW, model.config.shift), acc), cache
+    hidden_BWD, cache, acc = walked
+    return (hidden_BWD, acc), cache

@@ -1,8 +1,8 @@
 """Generation: makes the first state, and repeats the denoising step.
 
-All drivers call the same `step.step`: `lax.scan` where the number of forwards is known,
-`lax.while_loop` where it depends on data, Python where somebody wants to watch
-(`diffusion_stream`).
+All drivers call the same `step.step`: nested `lax.scan`s where it is known which step shapes come
+after one another (`cache/runs.py`), `lax.while_loop`s where that depends on data, Python where
+somebody wants to watch (`diffusion_stream`).
 """
 
 import functools
@@ -15,6 +15,7 @@ from jax.core import Tracer
 
 from dlm_jax.cache.base import CacheMethod, StepShape
 from dlm_jax.cache.none import NoCache
+from dlm_jax.cache.runs import Plan, Repeat, Run
 from dlm_jax.decoding import history
 from dlm_jax.decoding.config import DecodeConfig
 from dlm_jax.decoding.progress import unfinished
@@ -238,28 +239,29 @@ def _check_state(
     other = shapes(state) != shapes(wanted)
     if other or (concrete and (begun_BL[:, :prompt] != tokens_BL[:, :prompt]).any()):
         raise ValueError(
-            "The state is not of this generation; resume with the prompt, the decoding and the "
-            "cache of the interrupted call."
+            "The state is not of this generation; resume with the prompt, the decoding, the cache "
+            "and the attention of the interrupted call."
         )
 
 
-@functools.partial(jax.jit, static_argnames=("record", "driver"))
+@functools.partial(jax.jit, static_argnames=("record", "planned"))
 def _generate(
     setup: Setup,
     tokens_BL: Int[Array, "B L"],
     state: DecodeState | None = None,
     *,
     record: tuple[str, ...],
-    driver: str | None = None,
+    planned: bool = True,
 ) -> GenerateOutput:
     if state is None:
         state = begin(setup, tokens_BL, record)
-    elif setup.fixed_length:
-        driver = "while"  # how many forwards are left depends on the state
+    else:
+        planned = False  # how many forwards are left depends on the state
     shapes = setup.method.step_shapes(setup.geo)
-    if driver is None:
-        driver = "scan" if setup.fixed_length and len(shapes) == 1 else "while"
-    state = _DRIVERS[driver](setup, state, shapes)
+    if planned and setup.plan:
+        state = _planned(setup, state, shapes, setup.plan)
+    else:
+        state = _while(setup, state, shapes)
     ran_T = state.shape_T >= 0
     slots_T = jnp.where(ran_T, jnp.asarray(setup.widths)[state.shape_T], 0.0)
     canvas_TBL = state.canvas_TBL
@@ -287,12 +289,19 @@ def _generate(
     )
 
 
-def _scan(setup: Setup, state: DecodeState, shapes: tuple[StepShape, ...]) -> DecodeState:
-    """Every step has the same shape and their number is known."""
-    (shape,) = shapes
-    state, _ = jax.lax.scan(
-        lambda state, _: (step(setup, state, shape), None), state, length=setup.most_forwards
-    )
+def _planned(
+    setup: Setup, state: DecodeState, shapes: tuple[StepShape, ...], plan: Plan
+) -> DecodeState:
+    """A loop of known length per part of the plan."""
+
+    def turn(part: Run | Repeat, state: DecodeState, _: None) -> tuple[DecodeState, None]:
+        if isinstance(part, Repeat):
+            return _planned(setup, state, shapes, part.parts), None
+        state = state._replace(shape=jnp.int32(part.shape))
+        return step(setup, state, shapes[part.shape]), None
+
+    for part in plan:
+        state, _ = jax.lax.scan(functools.partial(turn, part), state, length=part.count)
     return state
 
 
@@ -309,9 +318,6 @@ def _while(setup: Setup, state: DecodeState, shapes: tuple[StepShape, ...]) -> D
         return state
 
     return jax.lax.while_loop(functools.partial(unfinished, setup), sweep, state)
-
-
-_DRIVERS = {"scan": _scan, "while": _while}
 
 
 @functools.partial(jax.jit, static_argnames=("shape",), donate_argnames=("cache",))

@@ -88,21 +88,23 @@ def propose(
     setup: Setup,
     row: Row,
     read_L: Bool[Array, " L"],
-    slot_W: Int[Array, " W"],
+    packed: tuple[Int[Array, " W"], Int[Array, " L"]],
     predictions: Predictions,
     chance: Chance,
 ) -> Proposal:
-    """What strategies see of one row: predictions at their slots, weighed as the user wants it."""
-    decode, geo = setup.decode, setup.geo
-    lowest_L = jnp.full(read_L.shape, -jnp.inf, jnp.float32)
-    score_L = queries.scatter_row(lowest_L, predictions.score, slot_W)
-    confidence_L = queries.scatter_row(lowest_L, predictions.confidence, slot_W)
+    """What strategies see of one row: predictions at their slots, weighed as the user wants it.
+
+    `packed` says where predictions were read, as `queries.Packed` does for all rows.
+    """
+    decode, geo, (slot_W, place_L) = setup.decode, setup.geo, packed
+    score_L = queries.look_up(predictions.score, place_L, -jnp.inf)
+    confidence_L = queries.look_up(predictions.confidence, place_L, -jnp.inf)
     level = decode.measure.level if setup.debias is None else _same
     if decode.sigma is not None and geo.gen:
         # The density is defined for the generated part; the prompt is certain.
         density_G = certainty_density(~row.masked_L[geo.prompt :], decode.sigma)
         density_L = jnp.pad(density_G, (geo.prompt, 0), constant_values=1.0)
-        confidence_L = jnp.where(read_L, confidence_L * density_L, lowest_L)
+        confidence_L = jnp.where(read_L, confidence_L * density_L, -jnp.inf)
         score_L, level = confidence_L, _same
     if decode.alg_temp is not None:
         # The largest sums with Gumbel noise are a sample without replacement from the softmax.
@@ -115,6 +117,7 @@ def propose(
         score_L=score_L,
         kept=predictions.kept,
         slot_W=slot_W,
+        place_L=place_L,
         chance=chance,
         level=level,
     )

@@ -124,7 +124,9 @@ class Proposal:
     kept: PyTree
     """What `Strategy.read` kept of the distributions, `[W, ...]`."""
     slot_W: Int[Array, " W"]
-    """Where that was; L marks an unused entry."""
+    """Where that was, ascending; L marks an unused entry."""
+    place_L: Int[Array, " L"]
+    """The entry of every slot; W marks one that has none."""
     chance: Chance
     level: Callable[[Array], Array]
     """The score that a confidence means."""
@@ -137,12 +139,15 @@ class Proposal:
         self, count: Int[Array, ""], among_L: Bool[Array, " L"] | None = None
     ) -> Bool[Array, " L"]:
         """So many of the candidates, or of those `among` them; the leftmost among equals."""
-        return ranking.top(self.score_L, self.candidate_L if among_L is None else among_L, count)
+        among_L = self.candidate_L if among_L is None else among_L
+        # Only what was read can be a candidate, and that is mostly a block.
+        there_W = self.slot_W < among_L.shape[0]
+        score_W, among_W = (x.at[self.slot_W].get(mode="clip") for x in (self.score_L, among_L))
+        return self.place(ranking.top(score_W, among_W & there_W, count), False)
 
-    def place(self, kept_W: Array, fill: float) -> Array:
+    def place(self, kept_W: Array, fill: float | int) -> Array:
         """An array `[W]` of what was kept at its slots `[L]`, and `fill` elsewhere."""
-        everywhere_L = jnp.full(self.read_L.shape, fill, kept_W.dtype)
-        return queries.scatter_row(everywhere_L, kept_W, self.slot_W)
+        return queries.look_up(kept_W, self.place_L, fill)
 
 
 class Observation(NamedTuple):

@@ -36,12 +36,13 @@ def predict(
       slot_BW: the slots; L marks an unused entry.
     """
     config, length = model.config, tokens_BL.shape[1]
-    index_BQ = jnp.concatenate([queries_lib.pack_index(selected_BL, length), slot_BW], axis=1)
+    own_BL, _ = queries_lib.pack_index(selected_BL, length)
+    index_BQ = jnp.concatenate([own_BL, slot_BW], axis=1)
     rotary_BQH = queries_lib.gather(slots.rotary_BLH, index_BQ)
     walked: Any = model.apply(
         {"params": params},
         jnp.concatenate([tokens_BL, jnp.full_like(slot_BW, config.mask_id)], axis=1),
-        Queries(index_BQ, rotary_BQH, slots, attended_BL),
+        Queries(index_BQ, own_BL, rotary_BQH, slots, attended_BL),
         ((),) * config.num_layers,
         (),
         ((0, config.num_layers, _layer),),
@@ -68,9 +69,7 @@ def _layer(
     )[None]
     normed = block.norm(hidden)
     q = block.query(normed, queries.rotary_BQH)
-    k = block.key(normed, queries.rotary_BQH)
-    v = block.value(normed)
+    kv = block.kv(block.key(normed, queries.rotary_BQH), block.value(normed))
     seen_BQQ = real_BQ[:, None, :] & ~hidden_QQ[None] & ~own_BQQ
-    out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), seen_BQQ)
-    hidden = hidden + out
+    hidden = hidden + block.attend(q, kv, seen_BQQ)
     return (hidden + block.ffn(hidden), acc), layer_cache

@@ -10,6 +10,7 @@ import numpy as np
 
 from dlm_jax import queries
 from dlm_jax.cache.base import CacheMethod, StepShape
+from dlm_jax.cache.runs import Plan, Run, bodies, present
 from dlm_jax.decoding import termination
 from dlm_jax.decoding.blocks import Blocks
 from dlm_jax.decoding.config import DecodeConfig
@@ -101,6 +102,21 @@ class Setup:
     def fixed_length(self) -> bool:
         """Whether the number of forwards is known beforehand."""
         return termination.is_known(self.decode, self.method, self.blocks)
+
+    @property
+    def plan(self) -> Plan:
+        """The step shapes of all forwards; empty where they hang on data, or need many bodies."""
+        decode, geo, shapes = self.decode, self.geo, len(self.method.step_shapes(self.geo))
+        if not self.fixed_length:
+            return ()
+        if shapes == 1:
+            return (Run(0, self.most_forwards),)
+        # Every row must have something to fill in every forward, and in its block alone.
+        steady = decode.leave_early and decode.strategy.exact and self.draws.transfer is None
+        if not steady or decode.infill or not decode.ban_mask:
+            return ()
+        found = present(self.method.plan(geo, self.most_forwards // geo.num_blocks))
+        return found if bodies(found) <= max(geo.step_shapes, shapes) else ()
 
     @property
     def most_forwards(self) -> int:

@@ -20,6 +20,11 @@ from dlm_jax.typing import Array, Bool, Int, PyTree
 
 def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     """One denoising step: computes what was selected, commits tokens, selects anew."""
+    with jax.named_scope(shape.scope):
+        return _step(setup, state, shape)
+
+
+def _step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     mask_id, rows = setup.model.config.mask_id, state.rows
 
     # What the model would put where.
@@ -30,16 +35,16 @@ def step(setup: Setup, state: DecodeState, shape: StepShape) -> DecodeState:
     strategy_memory, chosen_BL, revoked_BL = _decide(
         setup, state, seen, predictions, strategy_memory
     )
-    proposed_BL = queries.scatter(rows.tokens_BL, predictions.token, seen.slot_BW)
+    look_up = jax.vmap(queries.look_up, (0, 0, None))
+    proposed_BL = look_up(predictions.token, seen.place_BL, mask_id)
     tokens_BL = jnp.where(chosen_BL, proposed_BL, rows.tokens_BL)
     # Where the mask token is not banned it may be chosen; the position is then still a mask.
     committed_BL = chosen_BL & (tokens_BL != mask_id)
     tokens_BL = jnp.where(revoked_BL, mask_id, tokens_BL)
     committed_at_BL = jnp.where(committed_BL, state.nfe, state.committed_at_BL)
     committed_at_BL = jnp.where(revoked_BL, -1, committed_at_BL)
-    nowhere_BL = jnp.full(tokens_BL.shape, -jnp.inf, jnp.float32)
-    confidence_BL = queries.scatter(nowhere_BL, predictions.confidence, seen.slot_BW)
-    confidence_BL = jnp.where(seen.read_BL, confidence_BL, nowhere_BL)
+    confidence_BL = look_up(predictions.confidence, seen.place_BL, -jnp.inf)
+    confidence_BL = jnp.where(seen.read_BL, confidence_BL, -jnp.inf)
     told_BL = jnp.where(committed_BL, confidence_BL, state.confidence_BL)
     wanted_BW = seen.slot_BW < setup.geo.length
     broken_B = jnp.any(wanted_BW & ~predictions.finite, axis=-1) & (state.not_finite_at_B < 0)
@@ -83,11 +88,11 @@ def _decide(
         row: Row,
         memory: PyTree,
         read_L: Array,
-        slot_W: Array,
+        packed: tuple[Array, Array],
         predictions: Predictions,
         chance: Chance,
     ) -> tuple[PyTree, Array, Array]:
-        proposal = propose(setup, row, read_L, slot_W, predictions, chance)
+        proposal = propose(setup, row, read_L, packed, predictions, chance)
         memory, chosen_L = strategy.choose(memory, row, proposal, geo)
         chosen_L = chosen_L & proposal.candidate_L
         if not strategy.revokes:
@@ -95,8 +100,9 @@ def _decide(
         return memory, chosen_L, strategy.revoke(row, proposal, chosen_L, geo) & row.committed_L
 
     chances = Chance(setup.key_B, state.rows.step_B, setup.position_BL)
+    packed = (seen.slot_BW, seen.place_BL)
     memory, chosen_BL, revoked_BL = per_row(decide)(
-        state.rows, strategy_memory, seen.read_BL, seen.slot_BW, predictions, chances
+        state.rows, strategy_memory, seen.read_BL, packed, predictions, chances
     )
     if given_BL is not None:
         chosen_BL = seen.read_BL & state.rows.eligible_BL & given_BL

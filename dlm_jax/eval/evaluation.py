@@ -122,6 +122,7 @@ class Evaluation:
             dtype=args.dtype,
             shardings=sharding.param_shardings(config, mesh),
             adapter=args.adapter,
+            attention=args.attention,
         )
         return cls(
             args=args,
@@ -168,6 +169,7 @@ class Evaluation:
             check_greedy=args.check_greedy,
             checkpoint=self.checkpoint,
             adapter=args.adapter,
+            attention=args.attention,
             token_freq=self.token_freq,
             settings=settings,
         )

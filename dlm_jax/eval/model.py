@@ -61,6 +61,7 @@ class DiffusionLM(TemplateLM):
         check_greedy: bool | str = False,
         checkpoint: Checkpoint | None = None,
         adapter: str | Path | None = None,
+        attention: str = "auto",
         token_freq: np.ndarray | None = None,
         device: str | None = None,
         max_batch_size: int | None = None,
@@ -84,6 +85,7 @@ class DiffusionLM(TemplateLM):
             the model would say; otherwise it is reported not to be.
           checkpoint: what `pretrained` names, with its adapter, if it is open already.
           adapter: directory of a LoRA adapter that is merged into the model.
+          attention: see `dlm_jax.load`.
           token_freq: see `diffusion_generate`.
           device: must be None.
           max_batch_size: must be None.
@@ -134,12 +136,13 @@ class DiffusionLM(TemplateLM):
             dtype=dtype,
             shardings=sharding.param_shardings(config, mesh),
             adapter=adapter,
+            attention=attention,
         )
         dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(self.checkpoint.params)})
         freq = None if token_freq is None else digest(np.asarray(token_freq).tolist())
         # Copies of the weights on several hosts differ in the time of their files.
         weights = distributed.gather(fingerprint(directory, adapter))[0]
-        self._identity = (dlm_jax.__version__, weights, dtypes, freq, seed)
+        self._identity = (dlm_jax.__version__, weights, dtypes, attention, freq, seed)
         self._generator = Generator(self.checkpoint, mesh, seed, token_freq)
         self._scorer = Scorer(
             self.checkpoint,

@@ -15,10 +15,14 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dlm_jax import queries as queries_lib
-from dlm_jax.models.layers import Projection, RMSNorm, attention, precision, rotary, rotate
+from dlm_jax.models import attention as attention_lib
+from dlm_jax.models.attention import KV, Heads, HeadsFirst
+from dlm_jax.models.layers import Projection, RMSNorm, precision, rotary, rotate
 from dlm_jax.queries import Queries, Slots
 from dlm_jax.typing import Array, ArrayOrNumpy, Bool, DTypeLike, Float, Int, Params, PyTree
 
@@ -86,6 +90,20 @@ class Config:
                     f"{name} is {token}; it must be a token id below vocab_size, {self.vocab_size}."
                 )
 
+    @property
+    def heads(self) -> Heads:
+        """What attention is made of."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the weights are."""
+        heads = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.qkv_bias
+        layer = self.width * (heads + 3 * self.mlp_width + 2) + biases
+        tables = self.vocab_size * self.width * (1 if self.tied_head else 2)
+        return tables + self.num_layers * layer + self.width
+
     def room(self, answer: int) -> int:
         """The most tokens that a prompt can have before `answer` tokens; may be below 1."""
         return self.max_length - answer
@@ -113,6 +131,7 @@ class Block(nn.Module):
 
     config: Config
     param_dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
 
     def setup(self) -> None:
         c, dtype = self.config, self.param_dtype
@@ -138,12 +157,21 @@ class Block(nn.Module):
     def value(self, normed: Array) -> Float[Array, "B Q K H"]:
         return self.v(normed)
 
-    def attend(
-        self, q_BQNH: Array, k_BKLH: Array, v_BKLH: Array, mask_BQL: Array
-    ) -> tuple[Array, Array]:
-        """Returns what attention adds to the residual stream, and its weights [B, K, R, Q, L]."""
-        out, weights = attention(q_BQNH, k_BKLH, v_BKLH, mask_BQL)
-        return self.o(out), weights
+    def kv(self, k_BLKH: Float[Array, "B L K H"], v_BLKH: Float[Array, "B L K H"]) -> KV:
+        """Keys and values that are kept for this layer only."""
+        layout = attention_lib.layout(self.attention, self.config.heads, k_BLKH.dtype)
+        return layout.of(k_BLKH, v_BLKH)
+
+    def attend(self, q_BQNH: Array, kv: KV, mask_BQL: Array) -> Float[Array, "B Q D"]:
+        """What attention adds to the residual stream; see `HeadsFirst.attend`."""
+        return self.o(kv.attend(q_BQNH, mask_BQL))
+
+    def attend_and_tell(
+        self, q_BQNH: Array, kv: HeadsFirst, mask_BQL: Array
+    ) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q L"]]:
+        """The same, and what each query attended to; see `HeadsFirst.attend_and_tell`."""
+        out_BQNH, told_BQL = kv.attend_and_tell(q_BQNH, mask_BQL)
+        return self.o(out_BQNH), told_BQL
 
     def ffn(self, x: Array) -> Array:
         normed = self.mlp_norm(x)
@@ -155,7 +183,8 @@ LayerFn = Callable[
 ]
 """`(block, (hidden_BQD, acc), layer_cache, queries) -> ((hidden_BQD, acc), layer_cache)`.
 
-`acc` is whatever a cache method accumulates over layers; `()` for most.
+`acc` is whatever a cache method accumulates over layers; `()` for most. The hidden states that it
+returns are `queries.outputs` of all, so that the last layer need not compute what nobody reads.
 """
 
 
@@ -168,11 +197,9 @@ def plain_layer(
     seen_BQ = queries_lib.gather(queries.attended_BL, queries.index_BQ)
     real_BQ = (queries.index_BQ < length) & seen_BQ
     normed = block.norm(hidden)
-    q = block.query(normed, queries.rotary_BQH)
-    k = block.key(normed, queries.rotary_BQH)
-    v = block.value(normed)
-    out, _ = block.attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), real_BQ[:, None, :])
-    hidden = hidden + out
+    kv = block.kv(block.key(normed, queries.rotary_BQH), block.value(normed))
+    hidden, normed, rotary_BQH = queries.outputs((hidden, normed, queries.rotary_BQH))
+    hidden = hidden + block.attend(block.query(normed, rotary_BQH), kv, real_BQ[:, None, :])
     return (hidden + block.ffn(hidden), acc), layer_cache
 
 
@@ -180,16 +207,17 @@ class Transformer(nn.Module):
     """A bidirectional transformer; hashable, so that it is a static argument of jitted functions.
 
     `param_dtype` only matters for `init`: a forward runs in the dtype of the parameters it is
-    given.
+    given. `attention` is one of `attention.IMPLEMENTATIONS`.
     """
 
     config: Config
     param_dtype: DTypeLike = jnp.float32
+    attention: str = "auto"
 
     def setup(self) -> None:
         c = self.config
         self.embed = nn.Embed(c.vocab_size, c.width, param_dtype=self.param_dtype)
-        self.blocks = [Block(c, self.param_dtype) for _ in range(c.num_layers)]
+        self.blocks = [Block(c, self.param_dtype, self.attention) for _ in range(c.num_layers)]
         self.final_norm = RMSNorm(c.width, c.norm_eps, self.param_dtype)
         if not c.tied_head:
             self.head = Projection(
@@ -203,7 +231,8 @@ class Transformer(nn.Module):
         cache: tuple[PyTree, ...],
         acc: PyTree,
         layers: tuple[tuple[int, int, LayerFn], ...],
-    ) -> tuple[Float[Array, "B Q D"], tuple[PyTree, ...], PyTree]:
+        read_BW: Int[Array, "B W"] | None = None,
+    ) -> tuple[Float[Array, "B W D"], tuple[PyTree, ...], PyTree]:
         """Runs the queries through all layers.
 
         Args:
@@ -212,18 +241,36 @@ class Transformer(nn.Module):
           cache: one pytree per layer.
           acc: initial accumulator of the layer functions.
           layers: `(low, high, layer function)` ranges that cover all layers in order.
+          read_BW: places among the queries (`readout`); None is all.
 
         Returns:
-          Final-normed hidden states, the new cache, the accumulator.
+          Final-normed hidden states at these places, the new cache, the accumulator.
         """
         hidden = self.embed.embedding[tokens_BQ]
         new_cache = list(cache)
+        fewer = read_BW is not None and read_BW.shape[1] < tokens_BQ.shape[1]
         for low, high, layer in layers:
+            run = self._traced_once(layer) if isinstance(hidden, Tracer) else layer
             for i in range(low, high):
-                (hidden, acc), new_cache[i] = layer(
-                    self.blocks[i], (hidden, acc), cache[i], queries
-                )
+                if fewer and i + 1 == self.config.num_layers:
+                    queries = queries._replace(read_BW=read_BW)
+                (hidden, acc), new_cache[i] = run(self.blocks[i], (hidden, acc), cache[i], queries)
+        if read_BW is not None and not fewer:
+            hidden = queries_lib.gather(hidden, read_BW)
         return self.final_norm(hidden), tuple(new_cache), acc
+
+    def _traced_once(self, layer: LayerFn) -> LayerFn:
+        """The layer function, traced for the first block and used again for all that are alike."""
+        # Blocks have no parameters yet; or somebody wants to see inside.
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            return layer
+        block = Block(self.config, self.param_dtype, self.attention, parent=None)
+
+        @jax.jit
+        def layer_of(params: Params, *args: PyTree) -> PyTree:
+            return block.apply({"params": params}, *args, method=layer)
+
+        return lambda bound, *args: layer_of(bound.variables["params"], *args)
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states, for as few positions as the caller chose."""
@@ -289,21 +336,16 @@ def sources(mask_L: Bool[Array, " L"], valid_L: Bool[Array, " L"], shift: int) -
     return (moved_L & (slot_L >= first)) | (mask_L[first] & (slot_L == first))
 
 
-def readout(
-    hidden_BQD: Float[Array, "B Q D"], queries: Queries, slot_BW: Int[Array, "B W"], shift: int
-) -> Float[Array, "B W D"]:
-    """The hidden states that predict the tokens at the given slots; they must be among the queries.
+def readout(queries: Queries, slot_BW: Int[Array, "B W"], shift: int) -> Int[Array, "B W"]:
+    """Places among the queries whose outputs predict the tokens at the given slots.
 
     Args:
-      hidden_BQD: what `Transformer.walk` returned for `queries`.
-      queries: see there.
-      slot_BW: absolute slots; L marks an unused entry, whose hidden state is meaningless.
+      queries: what enters the network; the sources of the slots must be among them.
+      slot_BW: absolute slots; L marks an unused entry, whose place is any.
       shift: of the model.
     """
-    length = queries.valid_BL.shape[1]
     source_BW = source_slot(slot_BW, queries.valid_BL, shift)
-    query_BL = queries_lib.unpack_index(queries.index_BQ, length)
-    return queries_lib.gather(hidden_BQD, queries_lib.gather(query_BL, source_BW))
+    return queries_lib.gather(queries.place_BL, source_BW)
 
 
 def unembed(

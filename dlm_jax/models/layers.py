@@ -1,4 +1,4 @@
-"""The parts of a transformer block: normalisation, rotary positions, projections, attention."""
+"""The parts of a transformer block but attention: normalisation, rotary positions, projections."""
 
 import math
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int
+from dlm_jax.typing import Array, DTypeLike, Float, Int
 
 
 def precision(dtype: DTypeLike) -> jax.lax.Precision:
@@ -94,57 +94,3 @@ def rotate(
     first, second = jnp.split(x_BQNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BQNH.dtype)
-
-
-def attention(
-    q_BQNH: Float[Array, "B Q N H"],
-    k_BKLH: Float[Array, "B K L H"],
-    v_BKLH: Float[Array, "B K L H"],
-    mask_BQL: Bool[Array, "B #Q L"],
-) -> tuple[Float[Array, "B Q N H"], Float[Array, "B K R Q L"]]:
-    """Grouped-query attention with a float32 softmax.
-
-    Keys and values have the heads before the slots, so that both products are batches of plain
-    matrix products and no cache is transposed for them.
-
-    Returns the attended values and the weights; a caller that ignores the weights pays nothing for
-    them under jit. A query row whose mask is empty gets finite, meaningless values.
-    """
-    batch, size, heads, width = q_BQNH.shape
-    kv_heads = k_BKLH.shape[1]
-    groups = heads // kv_heads
-    exact = precision(q_BQNH.dtype)
-    # The queries that share a KV head side by side, X = R Q: XLA's CPU backend then computes all of
-    # this tile by tile and never holds the scores.
-    q_BKRQH = q_BQNH.reshape(batch, size, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
-    scores_BKXL = jnp.einsum(
-        "BKXH,BKLH->BKXL",
-        q_BKRQH.reshape(batch, kv_heads, groups * size, width),
-        k_BKLH,
-        precision=exact,
-        preferred_element_type=jnp.float32,
-    )
-    bias_BQL = jnp.where(mask_BQL, 0.0, jnp.finfo(jnp.float32).min)
-    if mask_BQL.shape[1] > 1:
-        bias_BQL = jnp.tile(bias_BQL, (1, groups, 1))
-    scores_BKXL = scores_BKXL + bias_BQL[:, None]
-    shifted_BKXL = scores_BKXL - jax.lax.stop_gradient(jnp.max(scores_BKXL, axis=-1, keepdims=True))
-    mass_BKXL = jnp.exp(shifted_BKXL * (1.0 / math.sqrt(width)))
-    total_BKX1 = jnp.sum(mass_BKXL, axis=-1, keepdims=True)
-    # Normalised after the product, which is the smaller array.
-    out_BKXH = (
-        jnp.einsum(
-            "BKXL,BKLH->BKXH",
-            mass_BKXL.astype(v_BKLH.dtype),
-            v_BKLH,
-            precision=exact,
-            preferred_element_type=jnp.float32,
-        )
-        / total_BKX1
-    )
-    out_BQKRH = out_BKXH.reshape(q_BKRQH.shape).transpose(0, 3, 1, 2, 4).astype(v_BKLH.dtype)
-    weights_BKXL = mass_BKXL / total_BKX1
-    return (
-        out_BQKRH.reshape(batch, size, heads, width),
-        weights_BKXL.reshape(*q_BKRQH.shape[:4], k_BKLH.shape[2]),
-    )
