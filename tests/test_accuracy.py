@@ -9,6 +9,7 @@ MODEL = "dream-tiny-math"
 SMALL = ["--models", MODEL, "--problems", "4", "--gen-length", "32", "--batch", "3"]
 
 
+@pytest.mark.slow
 def test_a_cache_stands_beside_none(tmp_path, capsys):
     file = tmp_path / "accuracy.json"
     assert accuracy.main([*SMALL, "--caches", "dual", "--json", str(file)]) == 0

@@ -19,7 +19,8 @@ from dlm_jax.decoding.strategies import STRATEGIES
 
 PAGE = page("docs/command.md")
 DAY = PAGE.commands(within=PAGE.section("A day"))  # which tests/test_docs_day.py runs
-COMMANDS = [command for command in PAGE.commands() if command not in DAY]
+README = page("README.md").commands()  # which tests/test_readme.py runs
+COMMANDS = [command for command in PAGE.commands() if command not in DAY + README]
 
 
 @pytest.fixture(scope="module")

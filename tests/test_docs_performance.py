@@ -4,6 +4,9 @@ import re
 
 import bench
 import bench_report
+import gpu_plan
+import gpu_program
+import gpu_suite
 import jax.numpy as jnp
 import measure_convert_memory
 import random_weights
@@ -24,6 +27,11 @@ def test_commands_can_work(tmp_path, monkeypatch):
             args = bench.parse(argv)
             config, _ = bench.open_config(args.preset)
             assert bench.plan(args, config, random_weights.shapes(config, jnp.dtype("float32")))
+        elif script == "gpu_suite.py":
+            assert gpu_suite.parse(argv).out
+        elif script == "gpu_program.py":
+            args = gpu_program.parse(argv)
+            assert bench.make_caches(args.caches) and bench.open_config(args.preset)
         elif script == "measure_convert_memory.py":
             assert measure_convert_memory.parse(argv).verify
         else:
@@ -31,8 +39,13 @@ def test_commands_can_work(tmp_path, monkeypatch):
             assert trace_summary.main([*argv, "--top", "1"]) == 2  # there is no such folder
 
 
+def test_groups_of_the_suite_are_listed():
+    told = re.findall(r"^\| `(\w+)` \|", PAGE.section("On a GPU"), re.M)
+    assert told == list(gpu_plan.GROUPS)
+
+
 def test_columns_are_those_of_the_benchmark():
-    told = set(re.findall(r"^\| `([^`]+)` \| `(\w+)`", PAGE.text, re.M))
+    told = set(re.findall(r"^\| `([^`]+)` \| `(\w+)`", PAGE.section("What the columns mean"), re.M))
     settings = {"cache", "batch", "prompt_length", "gen_length"}
     assert told == {(name, key) for name, key, _ in bench_report.MEASURED if key not in settings}
 

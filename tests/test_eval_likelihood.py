@@ -88,6 +88,7 @@ def test_a_log_likelihood_is_that_of_the_tokens(reader, opened):
     ]
 
 
+@pytest.mark.slow
 def test_pairs_that_fill_the_context_can_share_a_batch(reader, opened):
     loaded = opened["dream"][1]
     context = " ".join(["apples"] * 80)
@@ -126,6 +127,7 @@ def test_a_text_that_is_longer_than_the_context_is_scored_in_windows(reader, ope
     ]
 
 
+@pytest.mark.slow
 def test_last_windows_of_unequal_length_share_a_batch(reader):
     one = TEXT.replace("Tom", "Kim")
     texts = (one, one + " He gives away 5")

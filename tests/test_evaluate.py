@@ -260,6 +260,7 @@ def test_all_caches_are_compared(capsys):
     assert [line.split()[1] for line in table[2:]] == caches.split(",")
 
 
+@pytest.mark.slow
 def test_the_class_is_registered_with_lm_eval():
     results = lm_eval.simple_evaluate(
         model="dlm_jax",

@@ -26,7 +26,7 @@ def needed(name: str, **changes) -> tuple[int, int, int]:
     ids, key = jax.ShapeDtypeStruct((B, P), jnp.int32), jax.random.key(0)
     params = jax.eval_shape(model.init, key, jnp.zeros((1, 1), jnp.int32))["params"]
     geo = decode.geometry(prompt=P, shift=config.shift)
-    kept = jax.eval_shape(lambda: method.init_cache(config, geo, jnp.float32))
+    kept = jax.eval_shape(lambda: method.init_cache(model, geo, jnp.float32))
 
     def run(params, ids):
         return diffusion_generate(params, model, ids, key=key, decode=decode, cache=method)
@@ -60,7 +60,8 @@ def test_a_generation_needs_little_more_than_weights_and_cache(name):
     assert temporary - kept < allowed * MIB
 
 
-@pytest.mark.parametrize("name", ["dual", pytest.param("d2cache", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dual", "d2cache"])
 def test_layers_share_their_activations(name):
     """Another layer needs its weights and its cache, and hardly anything else."""
     small = dict(width=64, head_dim=32, num_heads=2, num_kv_heads=2, mlp_width=64, vocab_size=32000)

@@ -151,6 +151,7 @@ def test_loss_falls(run):
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_bit_for_bit(run, tmp_path):
     shutil.copytree(run[1], tmp_path / "work")
     (tmp_path / "work" / "state.msgpack").unlink()
