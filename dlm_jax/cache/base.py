@@ -24,7 +24,7 @@ from dlm_jax.decoding.rows import Observation, Row
 from dlm_jax.decoding.strategies import STRATEGIES
 from dlm_jax.geometry import Geometry
 from dlm_jax.models import attention
-from dlm_jax.models.attention import KV
+from dlm_jax.models.attention import KV, SameKV
 from dlm_jax.models.base import Block, Config, LayerFn, Transformer
 from dlm_jax.queries import Queries
 from dlm_jax.typing import Array, Bool, DTypeLike, Float, Int, PyTree
@@ -58,8 +58,8 @@ def kv_layer(
 
 
 def write_kv(
-    block: Block, hidden: Float[Array, "B Q D"], layer_cache: KV, queries: Queries
-) -> tuple[Float[Array, "B Q D"], KV]:
+    block: Block, hidden: Float[Array, "B Q D"], layer_cache: SameKV, queries: Queries
+) -> tuple[Float[Array, "B Q D"], SameKV]:
     """The normed hidden states, and the cache with what all queries write into it."""
     normed = block.norm(hidden)
     k_BQKH, v_BQKH = block.key(normed, queries.rotary_BQH), block.value(normed)

@@ -158,8 +158,8 @@ class D2Cache(CacheMethod):
 
 
 def _rollout_layer(
-    block: Block, carry: tuple[Array, Rollout], layer_cache: KV, queries: Queries
-) -> tuple[tuple[Array, Rollout], KV]:
+    block: Block, carry: tuple[Array, Rollout], layer_cache: HeadsFirst, queries: Queries
+) -> tuple[tuple[Array, Rollout], HeadsFirst]:
     """`kv_layer` that also rolls the attention of the queries out over the layer."""
     hidden, rollout = carry
     normed, kv = write_kv(block, hidden, layer_cache, queries)

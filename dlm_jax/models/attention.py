@@ -9,7 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,8 @@ class HeadsFirst(NamedTuple):
             out_BqNH, weights_BNqL = _plain(q_BqNH, *self, mask_BqL)
             return out_BqNH, _over_heads(weights_BNqL)
 
-        return _by_tiles(tile, q_BQNH, mask_BQL)
+        out_BQNH, told_BQL = _by_tiles(tile, q_BQNH, mask_BQL)
+        return out_BQNH, told_BQL
 
 
 class SlotsFirst(NamedTuple):
@@ -147,6 +148,8 @@ class SlotsFirst(NamedTuple):
 
 KV = HeadsFirst | SlotsFirst
 """Keys and values of one layer, one slot per position. The layout decides who reads them."""
+SameKV = TypeVar("SameKV", HeadsFirst, SlotsFirst)
+"""For what keeps the layout."""
 
 
 def check(implementation: str, dtype: DTypeLike) -> None:
