@@ -167,7 +167,7 @@ def plain_for_fused(q_BQNH, k_BLKH, v_BLKH, mask_BQL):
     return HeadsFirst.of(k_BLKH, v_BLKH).attend(q_BQNH, mask_BQL)
 
 
-@pytest.mark.parametrize("name", ["dual", "dllm"])
+@pytest.mark.parametrize("name", ["dual", pytest.param("dllm", marks=pytest.mark.slow)])
 def test_a_cache_lies_in_either_layout(monkeypatch, name):
     """The same generation, whichever layout, of rows that are padded."""
     monkeypatch.setattr(attention, "_fused", plain_for_fused)

@@ -234,10 +234,10 @@ def test_masks_anywhere_in_the_prompt_are_filled(name):
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        ("d2cache", "llada"),
+        ("dkv-pd", "llada"),
         *(
             pytest.param(name, "llada", marks=pytest.mark.slow)
-            for name in ("prefix", "dkv-decode", "dkv-pd")
+            for name in ("prefix", "dkv-decode", "d2cache")
         ),
         pytest.param("d2cache", "dream", marks=pytest.mark.slow),
         # Their step shapes are exactly what they ask for.

@@ -294,7 +294,12 @@ def child(*checks: str) -> None:
 
 
 def test_eight_devices(tmp_path):
-    child("data", "lockstep", f"restored:{tmp_path}", "indivisible")
+    child("data", f"restored:{tmp_path}")
+
+
+@pytest.mark.slow
+def test_eight_devices_in_lockstep():
+    child("lockstep", "indivisible")
 
 
 @pytest.mark.slow
