@@ -46,8 +46,8 @@ class StepShape(NamedTuple):
 
 
 def kv_layer(
-    block: Block, carry: tuple[Array, PyTree], layer_cache: KV, queries: Queries
-) -> tuple[tuple[Array, PyTree], KV]:
+    block: Block, carry: tuple[Array, PyTree], layer_cache: SameKV, queries: Queries
+) -> tuple[tuple[Array, PyTree], SameKV]:
     """A block whose queries write their K/V into the cache and attend to what they may of it."""
     hidden, acc = carry
     normed, kv = write_kv(block, hidden, layer_cache, queries)
