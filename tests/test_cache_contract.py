@@ -85,7 +85,7 @@ def method(request) -> CacheMethod:
     return make(request.param)
 
 
-PLANNED = {"none", "every-other", "dual", "prefix", "dkv-prefill", "dkv-greedy"}
+PLANNED = {"none", "dual", "prefix", "dkv-prefill", "dkv-greedy"}
 """Methods whose step shapes follow from a schedule, with the parameters of these tests."""
 
 one_step = jax.jit(denoise, static_argnames=("shape",))
